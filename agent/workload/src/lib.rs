@@ -1,0 +1,19 @@
+//! What a workload is, and what may be planned for it: the vocabulary that every other crate speaks.
+//!
+//! Owns ids, descriptions, plans and the token of a ready companion. Never does IO, never decides.
+
+mod id;
+mod plan;
+mod ready;
+mod subject;
+
+pub use id::{
+    CgroupId, CompanionName, InvalidName, NetnsId, Pid, PolicyName, ProcessId, RuntimeKind, StartTime,
+    UnknownRuntime, WorkloadId,
+};
+pub use plan::{
+    CompanionKind, CompanionSpec, ExecSpec, Exclusions, FailureMode, InboundRule, OutboundRule, Plan, Probe,
+    Readiness, RedirectSpec, Resources, Target, UserSpec,
+};
+pub use ready::{Family, Listener, ReadyCompanion};
+pub use subject::{Cgroup, FirstInstruction, Instance, Subject, Workload};

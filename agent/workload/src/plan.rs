@@ -1,0 +1,165 @@
+//! What a policy wants for a workload: companions, redirection, and what to do when that fails.
+
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::{CompanionName, PolicyName};
+
+/// Everything that must be in force before the workload may run. Made by the policy crate, always consistent:
+/// every [`Target`] names a companion of the same plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The policy that won.
+    pub policy: PolicyName,
+    /// Started in this order.
+    pub companions: Vec<CompanionSpec>,
+    /// Which sockets go where.
+    pub redirect: RedirectSpec,
+    /// What happens to sockets and to the workload while a companion is not there.
+    pub on_failure: FailureMode,
+}
+
+/// What to do when a companion is missing, not ready or dead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FailureMode {
+    /// Traffic passes as if Pillion were not there.
+    Open,
+    /// New connections are refused (`ECONNREFUSED`).
+    Closed,
+}
+
+/// A companion process to start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompanionSpec {
+    /// Unique within the plan.
+    pub name: CompanionName,
+    /// What to run.
+    pub kind: CompanionKind,
+    /// The user it runs as.
+    pub user: UserSpec,
+    /// When it counts as ready.
+    pub ready: Readiness,
+    /// Limits on its cgroup.
+    pub resources: Resources,
+    /// Time between SIGTERM and SIGKILL.
+    pub stop_grace: Duration,
+}
+
+/// The kinds of companions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CompanionKind {
+    /// A program of the host.
+    Exec(ExecSpec),
+    /// The embedded transparent TCP relay.
+    Relay,
+}
+
+/// A program of the host. `{{ name }}` variables in `command` and in the templates' text are replaced at start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecSpec {
+    /// Absolute path of the program, then its arguments.
+    pub command: Vec<String>,
+    /// Files rendered into the companion's directory `{{ dir }}` under their base names.
+    pub templates: Vec<PathBuf>,
+}
+
+/// User and group, by name or by number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserSpec {
+    /// User name or uid.
+    pub user: String,
+    /// Group name or gid; the user's primary group when absent (for a bare uid: the same number).
+    pub group: Option<String>,
+}
+
+/// When a companion counts as ready.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Readiness {
+    /// What is asked. Without one, every redirected port must accept a TCP connection.
+    pub probe: Option<Probe>,
+    /// The companion has this long from its start.
+    pub timeout: Duration,
+}
+
+/// A readiness question, asked from within the workload's network namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Probe {
+    /// The port accepts a connection on loopback.
+    Tcp {
+        /// Port on loopback.
+        port: u16,
+    },
+    /// `GET path` on loopback answers 200–399.
+    Http {
+        /// Port on loopback.
+        port: u16,
+        /// Begins with `/`.
+        path: String,
+    },
+    /// The command exits with 0.
+    Exec {
+        /// Program and arguments; variables as in [`ExecSpec::command`].
+        command: Vec<String>,
+    },
+}
+
+/// Limits; what is absent is not limited.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// Bytes.
+    pub memory: Option<u64>,
+    /// Thousandths of a CPU.
+    pub cpu_millis: Option<u32>,
+    /// Number of tasks.
+    pub pids: Option<u32>,
+}
+
+/// Which sockets of the workload go to which companion.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RedirectSpec {
+    /// Connections that the workload makes.
+    pub outbound: Option<OutboundRule>,
+    /// Connections that the workload accepts. No port is in two rules.
+    pub inbound: Vec<InboundRule>,
+}
+
+/// All TCP connections that the workload makes, less the exclusions; never loopback destinations.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutboundRule {
+    /// Where they go.
+    pub to: Target,
+    /// What is left alone.
+    pub exclude: Exclusions,
+}
+
+/// Destinations that are left alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exclusions {
+    /// Destination ports.
+    pub ports: BTreeSet<u16>,
+    /// Destination networks.
+    pub cidrs: Vec<IpNet>,
+}
+
+/// Connections from outside the network namespace to `ports`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InboundRule {
+    /// The ports that the application listens on.
+    pub ports: BTreeSet<u16>,
+    /// Where they go.
+    pub to: Target,
+}
+
+/// A companion and its listening port, written `name:port` or `name`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// A companion of the same plan.
+    pub companion: CompanionName,
+    /// Its listening port; allocated in the workload's namespace when absent.
+    pub port: Option<u16>,
+}
