@@ -1,2 +1,21 @@
-#![no_std]
-//! Skeleton.
+//! The kernel ABI of Pillion: keys and values of the maps that eBPF programs and agent share.
+//!
+//! Owns layouts and nothing else; never allocates, never does IO. A change to any layout raises
+//! [`LAYOUT_VERSION`], so that an agent never reads another version's pinned maps.
+//!
+//! Conventions: `repr(C)`, explicit padding, no `bool`, no enum. Addresses are four 32-bit words as the kernel hands
+//! them out (network byte order in memory); an IPv4 address stands in word 0 and words 1–3 are zero. Ports are host
+//! byte order unless the field's name ends in `_be`.
+#![cfg_attr(not(test), no_std)]
+
+mod layout;
+mod slot;
+
+pub use layout::{
+    AF_INET, AF_INET6, BySource, BySourceKey, CompanionConfig, Counter, Destination, ExcludedPort, InboundRule,
+    ListenerKey, Network4, Network6, PORTS_PER_COMPANION, PortKey, Redirected, WorkloadConfig, flags,
+};
+pub use slot::{GENERATION_BITS, SLOT_BITS, SLOTS, SlotAddress, Slot, tag};
+
+/// Version of everything in this crate; part of every pin's path.
+pub const LAYOUT_VERSION: u32 = 1;

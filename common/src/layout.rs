@@ -1,0 +1,256 @@
+//! Configuration, rules and per-socket state.
+
+/// Address family of IPv4, as in `sa_family_t`.
+pub const AF_INET: u16 = 2;
+/// Address family of IPv6, as in `sa_family_t`.
+pub const AF_INET6: u16 = 10;
+
+/// How many listening ports of one companion the kernel side knows.
+pub const PORTS_PER_COMPANION: usize = 8;
+
+/// Bits of [`WorkloadConfig::flags`] and [`InboundRule::flags`].
+pub mod flags {
+    /// Outbound connections are redirected. Without it the programs pass everything on.
+    pub const OUTBOUND: u32 = 1 << 0;
+    /// What cannot be redirected is refused instead of passed on.
+    pub const FAIL_CLOSED: u32 = 1 << 1;
+    /// The workload has entries in the map of excluded ports.
+    pub const EXCLUDES_PORTS: u32 = 1 << 2;
+    /// The workload has entries in the map of excluded IPv4 networks.
+    pub const EXCLUDES_NETWORKS4: u32 = 1 << 3;
+    /// The workload has entries in the map of excluded IPv6 networks.
+    pub const EXCLUDES_NETWORKS6: u32 = 1 << 4;
+}
+
+/// Value of the cgroup storage of a workload's cgroup: what the programs attached there do.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkloadConfig {
+    /// See [`flags`].
+    pub flags: u32,
+    /// Number of the workload: the first field of every rule's key.
+    pub workload: u32,
+    /// The companion's port for outbound connections, network byte order.
+    pub outbound_port_be: u16,
+    /// Padding.
+    pub pad: u16,
+    /// What getsockname shows for a redirected IPv4 socket that was not bound.
+    pub source4: u32,
+    /// What getsockname shows for a redirected IPv6 socket that was not bound.
+    pub source6: [u32; 4],
+}
+
+/// Value of the cgroup storage of a companion's cgroup.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CompanionConfig {
+    /// Ports it listens on, host byte order; unused entries are zero. A connection accepted on another port was
+    /// steered there by `sk_lookup`: its local address is its original destination.
+    pub ports: [u16; PORTS_PER_COMPANION],
+}
+
+/// A transport address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Destination {
+    /// Address words.
+    pub address: [u32; 4],
+    /// Port, network byte order.
+    pub port_be: u16,
+    /// [`AF_INET`] or [`AF_INET6`].
+    pub family: u16,
+}
+
+/// Socket storage of a workload's redirected socket: what the application is to see.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Redirected {
+    /// Where the application wanted to go.
+    pub destination: Destination,
+    /// The slot that carries the destination, or [`Redirected::NO_SLOT`].
+    pub slot: u32,
+    /// Generation of that slot.
+    pub generation: u32,
+    /// The local address that the application had bound before Pillion bound another; all zero if none.
+    pub bound: [u32; 4],
+    /// 1 when Pillion has bound the socket, which is to be undone when it passes a later connect on.
+    pub rebound: u32,
+    /// The interface that the application had bound the socket to (SO_BINDTODEVICE); 0 if none.
+    pub interface: u32,
+    /// Source port by which the destination is kept in the by-source map, host byte order; 0 if by slot.
+    pub source_port: u32,
+    /// The companion's port that was dialled, host byte order.
+    pub companion_port: u32,
+}
+
+impl Redirected {
+    /// `slot` of a socket whose destination is found by its source address.
+    pub const NO_SLOT: u32 = u32::MAX;
+}
+
+/// Key of a destination that is found by the source of the connection: for sockets that cannot take a slot's address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct BySourceKey {
+    /// Network namespace cookie (`SO_NETNS_COOKIE`).
+    pub netns: u64,
+    /// Source address as the companion sees it; an IPv4 address in word 0.
+    pub address: [u32; 4],
+    /// Source port, host byte order.
+    pub port: u16,
+    /// The companion's port, host byte order.
+    pub companion_port: u16,
+    /// [`AF_INET`] or [`AF_INET6`].
+    pub family: u32,
+}
+
+/// Value for [`BySourceKey`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BySource {
+    /// The original destination.
+    pub destination: Destination,
+    /// Time of the connect, in units of 2^30 ns since boot; ages entries that nobody asks for.
+    pub time: u32,
+}
+
+/// Key of an excluded destination port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PortKey {
+    /// Number of the workload.
+    pub workload: u32,
+    /// Port, host byte order.
+    pub port: u16,
+    /// Padding.
+    pub pad: u16,
+}
+
+/// Value of an excluded destination port: its presence is what counts.
+pub type ExcludedPort = u32;
+
+/// Data of a longest-prefix key: an IPv4 network of one workload. The prefix counts the 32 bits of `workload` too.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Network4 {
+    /// Number of the workload, always matched in full.
+    pub workload: u32,
+    /// Address, network byte order.
+    pub address: u32,
+}
+
+/// Data of a longest-prefix key: an IPv6 network of one workload. The prefix counts the 32 bits of `workload` too.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Network6 {
+    /// Number of the workload, always matched in full.
+    pub workload: u32,
+    /// Address, network byte order.
+    pub address: [u32; 4],
+}
+
+/// Key of a companion's listening socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ListenerKey {
+    /// Number of the workload.
+    pub workload: u32,
+    /// Port, host byte order.
+    pub port: u16,
+    /// [`AF_INET`] or [`AF_INET6`]: which connections it accepts.
+    pub family: u16,
+}
+
+/// What happens to inbound connections to a port; the key is a [`PortKey`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InboundRule {
+    /// The companion's listening port, host byte order.
+    pub companion_port: u16,
+    /// Padding.
+    pub pad: u16,
+    /// [`flags::FAIL_CLOSED`] or 0.
+    pub flags: u32,
+}
+
+/// What the kernel side counts, for all workloads together.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// Outbound connections sent to a companion.
+    OutboundRedirected = 0,
+    /// Outbound connections passed on by an exclusion.
+    OutboundExcluded = 1,
+    /// Outbound connections passed on because the companion was not there (`onFailure: open`).
+    OutboundFailedOpen = 2,
+    /// Outbound connections refused because the companion was not there (`onFailure: closed`).
+    OutboundFailedClosed = 3,
+    /// Outbound connections for which no slot was free.
+    SlotsExhausted = 4,
+    /// Slots taken back from a connection whose companion never asked.
+    SlotsExpired = 5,
+    /// Original destinations given to a companion.
+    DestinationsAnswered = 6,
+    /// Questions about a slot that had been given to another connection since: answered with an error.
+    DestinationsStale = 7,
+    /// Inbound connections steered to a companion.
+    InboundRedirected = 8,
+    /// Inbound connections left to the application because the companion was not there.
+    InboundFailedOpen = 9,
+    /// Inbound connections refused because the companion was not there.
+    InboundFailedClosed = 10,
+}
+
+impl Counter {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 11] = [
+        Self::OutboundRedirected,
+        Self::OutboundExcluded,
+        Self::OutboundFailedOpen,
+        Self::OutboundFailedClosed,
+        Self::SlotsExhausted,
+        Self::SlotsExpired,
+        Self::DestinationsAnswered,
+        Self::DestinationsStale,
+        Self::InboundRedirected,
+        Self::InboundFailedOpen,
+        Self::InboundFailedClosed,
+    ];
+}
+
+const _: () = {
+    assert!(size_of::<WorkloadConfig>() == 32);
+    assert!(size_of::<CompanionConfig>() == 16);
+    assert!(size_of::<Destination>() == 20);
+    assert!(size_of::<Redirected>() == 60);
+    assert!(size_of::<BySourceKey>() == 32);
+    assert!(size_of::<BySource>() == 24);
+    assert!(size_of::<PortKey>() == 8);
+    assert!(size_of::<Network4>() == 8);
+    assert!(size_of::<Network6>() == 20);
+    assert!(size_of::<ListenerKey>() == 8);
+    assert!(size_of::<InboundRule>() == 8);
+};
+
+#[cfg(feature = "user")]
+mod pod {
+    #![expect(unsafe_code, reason = "aya's marker for plain old data is an unsafe trait")]
+    // SAFETY: all of them are `repr(C)`, `Copy`, without padding bytes (checked above) or pointers.
+    unsafe impl aya::Pod for super::WorkloadConfig {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::CompanionConfig {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::BySourceKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::BySource {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::PortKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Network4 {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Network6 {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::ListenerKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::InboundRule {}
+}
