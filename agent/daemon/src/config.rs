@@ -1,0 +1,232 @@
+//! The flags of `pillion agent` and `pillion run`, as clap reads them, and the paths that follow from them.
+//!
+//! Every path can be moved by a flag or an environment variable, so that several agents can run on one machine (each
+//! test has its own). Never touches the file system.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::PathBuf,
+    str::FromStr,
+};
+
+use clap::{Args, ValueEnum};
+
+/// `pillion agent`.
+#[derive(Debug, Clone, Args)]
+pub struct AgentConfig {
+    /// Where the paths are.
+    #[command(flatten)]
+    pub paths: Paths,
+    /// Directory of policy files (*.yaml, *.yml); they and it must be root's and writable by nobody else
+    #[arg(
+        long,
+        env = "PILLION_POLICY_DIR",
+        value_name = "DIR",
+        default_value = "/etc/pillion/policy.d"
+    )]
+    pub policy_dir: PathBuf,
+    /// containerd's socket, or 'none' to leave containerd alone
+    #[arg(
+        long,
+        env = "PILLION_CONTAINERD_SOCKET",
+        value_name = "PATH",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    pub containerd_socket: OrNone<PathBuf>,
+    /// Where /livez, /readyz and /metrics answer, or 'none'
+    #[arg(long, env = "PILLION_HTTP_ADDR", value_name = "ADDR", default_value = "127.0.0.1:9464")]
+    pub http_addr: OrNone<SocketAddr>,
+    /// How logs look
+    #[command(flatten)]
+    pub log: LogConfig,
+}
+
+impl AgentConfig {
+    /// The admin API's socket.
+    pub fn admin_socket(&self) -> PathBuf {
+        self.paths.run_dir.join("admin.sock")
+    }
+
+    /// Locked while an agent runs.
+    pub fn lock_file(&self) -> PathBuf {
+        self.paths.run_dir.join("agent.lock")
+    }
+}
+
+/// Directories that the agent and `pillion run` write to.
+#[derive(Debug, Clone, Args)]
+pub struct Paths {
+    /// Journal and companions' files
+    #[arg(long, env = "PILLION_STATE_DIR", value_name = "DIR", default_value = "/var/lib/pillion")]
+    pub state_dir: PathBuf,
+    /// Lock and admin socket
+    #[arg(long, env = "PILLION_RUN_DIR", value_name = "DIR", default_value = "/run/pillion")]
+    pub run_dir: PathBuf,
+    /// Where eBPF links and maps are pinned; below a bpffs mount
+    #[arg(long, env = "PILLION_PIN_ROOT", value_name = "DIR", default_value = "/sys/fs/bpf/pillion")]
+    pub pin_root: PathBuf,
+}
+
+impl Paths {
+    /// The journal.
+    pub fn journal(&self) -> PathBuf {
+        self.state_dir.join("attachments")
+    }
+
+    /// Companions' files of the agent.
+    pub fn companions(&self) -> PathBuf {
+        self.state_dir.join("companions")
+    }
+
+    /// Everything that belongs to one `pillion run`.
+    pub fn runs(&self) -> PathBuf {
+        self.state_dir.join("run")
+    }
+
+    /// The agent's own pins; those of `pillion run` are beside them.
+    pub fn agent_pins(&self) -> PathBuf {
+        self.pin_root.join("agent")
+    }
+}
+
+/// How logs look.
+#[derive(Debug, Clone, Args)]
+pub struct LogConfig {
+    /// Format of the logs on stderr
+    #[arg(
+        long,
+        env = "PILLION_LOG_FORMAT",
+        value_name = "FORMAT",
+        value_enum,
+        default_value_t = LogFormat::Text
+    )]
+    pub log_format: LogFormat,
+    /// What is logged: a level, or a tracing filter such as 'info,pillion_redirect=debug'
+    #[arg(long, env = "PILLION_LOG_LEVEL", value_name = "FILTER", default_value = "info")]
+    pub log_level: String,
+}
+
+/// Format of the logs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One line for humans.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A value, or the word `none`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OrNone<T>(pub Option<T>);
+
+impl<T> OrNone<T> {
+    /// The value, if there is one.
+    pub fn get(&self) -> Option<&T> {
+        self.0.as_ref()
+    }
+}
+
+impl<T: FromStr> FromStr for OrNone<T> {
+    type Err = T::Err;
+    fn from_str(text: &str) -> Result<Self, T::Err> {
+        if text == "none" { Ok(Self(None)) } else { text.parse().map(|value| Self(Some(value))) }
+    }
+}
+
+impl fmt::Display for OrNone<PathBuf> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(path) => path.display().fmt(f),
+            None => f.write_str("none"),
+        }
+    }
+}
+
+/// `pillion run`.
+#[derive(Debug, Clone, Args)]
+pub struct RunConfig {
+    /// Where the paths are.
+    #[command(flatten)]
+    pub paths: Paths,
+    /// Policy file; given several times, all are taken together
+    #[arg(long, value_name = "FILE", required = true)]
+    pub policy: Vec<PathBuf>,
+    /// Network namespace of the command: the caller's, or a new one with nothing but loopback
+    #[arg(long, value_enum, default_value_t = NetnsChoice::Host)]
+    pub netns: NetnsChoice,
+    /// Run the command as it is, with a warning, when no policy selects it
+    #[arg(long)]
+    pub allow_unmatched: bool,
+    /// Labels of the process, for policies to select on
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    pub labels: Vec<(String, String)>,
+    /// How logs look
+    #[command(flatten)]
+    pub log: LogConfig,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
+    pub command: Vec<std::ffi::OsString>,
+}
+
+/// The network namespace of a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum NetnsChoice {
+    /// The caller's.
+    Host,
+    /// A new one, with loopback up and nothing else.
+    New,
+}
+
+fn label(text: &str) -> Result<(String, String), &'static str> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("a label is KEY=VALUE"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::{CommandFactory, FromArgMatches, Parser};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Agent {
+        #[command(flatten)]
+        config: AgentConfig,
+    }
+
+    #[derive(Parser)]
+    struct Run {
+        #[command(flatten)]
+        config: RunConfig,
+    }
+
+    #[test]
+    fn none_turns_a_listener_off() {
+        let Agent { config } =
+            Agent::parse_from(["agent", "--http-addr", "none", "--containerd-socket", "/x.sock"]);
+        assert_eq!(config.http_addr, OrNone(None));
+        assert_eq!(config.containerd_socket.get(), Some(&PathBuf::from("/x.sock")));
+        assert_eq!(config.admin_socket(), Path::new("/run/pillion/admin.sock"));
+    }
+
+    #[test]
+    fn flags_behind_the_command_belong_to_the_command() {
+        let matches =
+            Run::command().get_matches_from(["run", "--policy", "p.yaml", "curl", "--policy", "x", "-v"]);
+        let Run { config } = Run::from_arg_matches(&matches).unwrap();
+        assert_eq!(config.command, ["curl", "--policy", "x", "-v"]);
+        assert_eq!(config.netns, NetnsChoice::Host);
+    }
+
+    #[test]
+    fn labels_need_a_key() {
+        assert_eq!(label("a=b=c"), Ok(("a".into(), "b=c".into())));
+        assert!(label("=b").is_err());
+        assert!(label("a").is_err());
+    }
+}
