@@ -1,3 +1,35 @@
-//! Skeleton.
+//! Companions: processes that Pillion starts next to a workload, in its network namespace and in cgroups of their own.
+//!
+//! Owns the launcher, companion cgroups, readiness, supervision and companion logs. Never decides what to run (that is
+//! a plan's matter), never touches eBPF, and never enters a namespace on a thread of the async runtime.
+//!
+//! The walk of one companion: [`start`] prepares its directory ([`mod@render`]) and cgroups ([`cgroup`]), runs the
+//! program through the launcher ([`launch`]), waits until it is ready, fetches its listening sockets, and hands out a
+//! [`Companion`] that is supervised until it is stopped or left.
 
+mod builtin;
+mod companion;
+mod error;
+mod exec;
+mod host;
+mod launching;
+mod listeners;
+mod logs;
+mod netns;
+mod process;
+mod readiness;
+mod supervise;
+mod user;
+
+pub mod cgroup;
+pub mod launch;
 pub mod relay;
+pub mod render;
+
+pub use companion::{Companion, CompanionEvent, CompanionRecord, start};
+pub use error::CompanionError;
+pub use host::{Host, HostConfig, Launch, ResolvedPorts};
+pub use logs::{LogLine, Stream};
+pub use netns::{NetnsError, listening_ports};
+pub use process::{Process, ProcessError};
+pub use user::{Credentials, UserError, resolve_user};

@@ -1,0 +1,94 @@
+//! Why a companion could not be started, made ready or stopped.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use crate::{
+    cgroup::CgroupError, launch::LaunchError, netns::NetnsError, process::ProcessError, render::RenderError,
+    user::UserError,
+};
+
+/// Why a companion could not be started, made ready or stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CompanionError {
+    /// Its directory or a file in it.
+    #[error("cannot {operation} {}", path.display())]
+    Directory {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A variable or a template.
+    #[error("cannot render {what}")]
+    Render {
+        /// The argument or file.
+        what: String,
+        /// Why not.
+        source: RenderError,
+    },
+    /// Its program.
+    #[error("the program {program:?} is not an absolute path")]
+    RelativeProgram {
+        /// What the plan says.
+        program: String,
+    },
+    /// Its user or group.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// Its cgroups.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// Running it.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// Asking about it.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The workload's network namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The relay's configuration.
+    #[error(transparent)]
+    Relay(#[from] crate::relay::InvalidRelayConfig),
+    /// Following its output.
+    #[error("cannot follow the companion's output")]
+    Logs {
+        /// Why not.
+        source: io::Error,
+    },
+    /// It ended before it was ready.
+    #[error("the companion ended before it was ready ({status}){}", oom_note(*oom))]
+    EndedEarly {
+        /// How it ended.
+        status: crate::companion::Ending,
+        /// Whether the kernel killed it for memory.
+        oom: bool,
+    },
+    /// It was not ready in time.
+    #[error("the companion was not ready within {timeout:?}: {last}")]
+    NotReady {
+        /// How long it had.
+        timeout: Duration,
+        /// What the last look found.
+        last: String,
+    },
+    /// Somebody else listens on its port.
+    #[error("port {port} of the workload's network namespace is taken by a process that is not the companion's")]
+    PortTaken {
+        /// The port.
+        port: u16,
+    },
+    /// It could not be removed within its time.
+    #[error("the supervisor of the companion did not answer within {timeout:?}")]
+    StopTimeout {
+        /// How long was waited.
+        timeout: Duration,
+    },
+}
+
+fn oom_note(oom: bool) -> &'static str {
+    if oom { ": killed by the kernel, out of memory" } else { "" }
+}

@@ -1,0 +1,105 @@
+//! What all companions of one agent share, and what is particular to one of them.
+
+use std::{
+    collections::BTreeSet,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use pillion_workload::{CompanionSpec, WorkloadId};
+use tokio::sync::mpsc;
+
+use crate::{
+    cgroup::CgroupRoots,
+    error::CompanionError,
+    logs::{LogHub, LogLine},
+};
+
+/// How companions are run on this node.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
+    /// Holds `companions/<workload>/<name>/`. Companions look for their files below it under their own users, so it
+    /// must be searchable by all (0711).
+    pub state_dir: PathBuf,
+    /// The `pillion` binary, run as `<launcher> launch` and `<launcher> relay`.
+    pub launcher: PathBuf,
+    /// Where cgroups are made.
+    pub cgroups: CgroupRoots,
+    /// `pillion run`: companions die with this process, however it ends. The agent's outlive it.
+    pub die_with_parent: bool,
+}
+
+/// What all companions of one agent share. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Host {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: HostConfig,
+    logs: LogHub,
+    leaving: AtomicBool,
+}
+
+impl Host {
+    /// Must be called within a tokio runtime, on which it starts the task that follows the companions' output and
+    /// sends it line by line to `logs`. When `logs` is full the files wait; when its receiver is gone, output is
+    /// dropped.
+    pub fn new(config: HostConfig, logs: mpsc::Sender<LogLine>) -> Result<Self, CompanionError> {
+        let logs = LogHub::spawn(logs).map_err(|source| CompanionError::Logs { source })?;
+        Ok(Self { shared: Arc::new(Shared { config, logs, leaving: AtomicBool::new(false) }) })
+    }
+
+    /// How companions are run.
+    pub fn config(&self) -> &HostConfig {
+        &self.shared.config
+    }
+
+    /// From now on dropping a [`crate::Companion`] leaves its process running, to be adopted later: the agent is about
+    /// to end. Without this, a dropped companion is killed.
+    pub fn leave_all(&self) {
+        self.shared.leaving.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.shared.leaving.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn logs(&self) -> &LogHub {
+        &self.shared.logs
+    }
+}
+
+/// One companion to start.
+#[derive(Debug)]
+pub struct Launch {
+    /// What the plan says.
+    pub spec: CompanionSpec,
+    /// Whose companion it is.
+    pub workload: WorkloadId,
+    /// The runtime's name for the workload: `{{ name }}`.
+    pub workload_name: String,
+    /// The workload's namespace, where the runtime has such: `{{ namespace }}`.
+    pub workload_namespace: Option<String>,
+    /// The workload's network namespace.
+    pub netns: OwnedFd,
+    /// The ports on which redirection expects it.
+    pub ports: ResolvedPorts,
+}
+
+/// The ports on which a companion must listen, after those that the policy left out were allocated.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ResolvedPorts {
+    /// For connections that the workload makes: `{{ outboundPort }}`.
+    pub outbound: Option<u16>,
+    /// For connections that the workload accepts: `{{ inboundPort }}`.
+    pub inbound: Option<u16>,
+    /// Every port that redirection sends connections to; holds the two above and more when the policy has several
+    /// inbound rules.
+    pub listening: BTreeSet<u16>,
+}
