@@ -1,28 +1,21 @@
 //! Compiles the eBPF programs of the crate `ebpf` into `$OUT_DIR/pillion-ebpf` with a toolchain the machine has.
 //!
 //! `bpfel-unknown-none` has no prebuilt `core`, so the toolchain must carry the source of `core` (`rust-src`).
-//! The search is described at [`Toolchain::find`]. Never installs or downloads a toolchain: `cargo xtask setup` does.
+//! Never installs or downloads a toolchain: `cargo xtask setup` does.
 #![expect(
     unsafe_code,
     reason = "aya-build takes the linker and RUSTC_BOOTSTRAP from this process's environment"
 )]
 
-use std::{
-    env,
-    ffi::OsStr,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{env, path::Path};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use aya_build::Package;
 
-/// Chooses the toolchain; a name that rustup knows or the path of a sysroot.
-const TOOLCHAIN_VARIABLE: &str = "PILLION_EBPF_TOOLCHAIN";
-/// Chooses the linker; a path.
-const LINKER_VARIABLE: &str = "PILLION_BPF_LINKER";
-/// Within a sysroot; there only when the source of `core` is.
-const CORE_SOURCE: &str = "lib/rustlib/src/rust/library/Cargo.lock";
+#[path = "build/toolchain.rs"]
+mod toolchain;
+
+use toolchain::{LINKER_VARIABLE, TOOLCHAIN_VARIABLE, Toolchain};
 
 fn main() -> Result<()> {
     let manifest = env::var("CARGO_MANIFEST_DIR").context("cargo sets CARGO_MANIFEST_DIR")?;
@@ -35,9 +28,9 @@ fn main() -> Result<()> {
         println!("cargo::rerun-if-changed={}", checkout.join(source).display());
     }
 
-    let toolchain = Toolchain::find()?;
+    let toolchain = Toolchain::find(&env::var_os("RUSTC").context("cargo sets RUSTC")?)?;
     println!("cargo::rerun-if-changed={}", toolchain.core_source.display());
-    let linker = linker(&checkout)?;
+    let linker = toolchain::linker(&checkout)?;
     println!("cargo::rerun-if-changed={}", linker.display());
 
     let mut nested = vec![
@@ -62,92 +55,8 @@ fn main() -> Result<()> {
         }],
         aya_build::Toolchain::Custom(&toolchain.name),
     )
-    .with_context(|| format!("the eBPF programs do not build with the toolchain {}", toolchain.name))
-}
-
-/// A toolchain that can compile for eBPF.
-struct Toolchain {
-    /// What `rustup run` takes.
-    name: String,
-    core_source: PathBuf,
-    /// Accepts unstable flags as it is.
-    nightly: bool,
-}
-
-impl Toolchain {
-    /// The first that has the source of `core` of: `$PILLION_EBPF_TOOLCHAIN` (and then no other), nightly, the
-    /// toolchain that compiles the host's crates, `/usr` (Debian's rustc-web or rustc). Without rustup only the current one
-    /// can be meant.
-    fn find() -> Result<Self> {
-        let rustup = in_path("rustup");
-        let current = sysroot(Command::new(env::var_os("RUSTC").context("cargo sets RUSTC")?));
-        let chosen = env::var(TOOLCHAIN_VARIABLE).ok().filter(|name| !name.is_empty());
-        let candidates: Vec<String> = match (chosen, &rustup) {
-            (Some(name), _) => vec![name],
-            (None, Some(_)) => {
-                ["nightly".to_owned()].into_iter().chain(current).chain(["/usr".to_owned()]).collect()
-            }
-            (None, None) => current.into_iter().collect(),
-        };
-        if let Some(found) = candidates.iter().find_map(|name| Self::probe(name, rustup.as_deref())) {
-            return Ok(found);
-        }
-        bail!(
-            "no Rust toolchain has the source of `core`, which eBPF programs need (tried: {})\n\
-             install what is missing with: cargo xtask setup\n\
-             or by hand: `rustup toolchain install nightly --component rust-src`,\n\
-             or on Debian: `apt-get install rustc-web rust-web-src cargo-web`",
-            candidates.join(", ")
-        )
-    }
-
-    fn probe(name: &str, rustup: Option<&Path>) -> Option<Self> {
-        let rustc = || match rustup {
-            Some(rustup) => {
-                let mut command = Command::new(rustup);
-                // Without this, rustup may begin to download a toolchain that is merely named.
-                command.env("RUSTUP_AUTO_INSTALL", "0").args(["run", name, "rustc"]);
-                command
-            }
-            None => Command::new("rustc"),
-        };
-        let core_source = Path::new(&sysroot(rustc())?).join(CORE_SOURCE);
-        if !core_source.is_file() {
-            return None;
-        }
-        let version = output(rustc().arg("--version"))?;
-        let nightly = version.contains("-nightly") || version.contains("-dev");
-        Some(Self { name: name.to_owned(), core_source, nightly })
-    }
-}
-
-fn sysroot(mut rustc: Command) -> Option<String> {
-    output(rustc.args(["--print", "sysroot"]))
-}
-
-/// What `command` printed, when it succeeded.
-fn output(command: &mut Command) -> Option<String> {
-    let output = command.output().ok().filter(|output| output.status.success())?;
-    Some(String::from_utf8(output.stdout).ok()?.trim().to_owned())
-}
-
-/// The first bpf-linker of: `$PILLION_BPF_LINKER` (and then no other), `.tools/bin` of the checkout, `$PATH`.
-fn linker(checkout: &Path) -> Result<PathBuf> {
-    if let Some(chosen) = env::var_os(LINKER_VARIABLE).filter(|path| !path.is_empty()) {
-        let chosen = PathBuf::from(chosen);
-        if !chosen.is_file() {
-            bail!("{LINKER_VARIABLE} names {}, which is not a file", chosen.display());
-        }
-        return Ok(chosen);
-    }
-    let local = checkout.join(".tools/bin/bpf-linker");
-    Some(local)
-        .filter(|path| path.is_file())
-        .or_else(|| in_path("bpf-linker"))
-        .context("no bpf-linker in .tools/bin nor in PATH; install it with: cargo xtask setup")
-}
-
-fn in_path(program: impl AsRef<OsStr>) -> Option<PathBuf> {
-    let program = program.as_ref();
-    env::split_paths(&env::var_os("PATH")?).map(|dir| dir.join(program)).find(|path| path.is_file())
+    .with_context(|| {
+        let release = toolchain.field("release").unwrap_or("of unknown release");
+        format!("the eBPF programs do not build with the toolchain {} (rustc {release})", toolchain.name)
+    })
 }
