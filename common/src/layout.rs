@@ -73,19 +73,21 @@ pub struct Redirected {
     pub generation: u32,
     /// The local address that the application had bound before Pillion bound another; all zero if none.
     pub bound: [u32; 4],
-    /// 1 when Pillion has bound the socket, which is to be undone when it passes a later connect on.
-    pub rebound: u32,
+    /// [`Redirected::REBOUND`] and [`Redirected::DIALLED6`].
+    pub flags: u32,
     /// The interface that the application had bound the socket to (SO_BINDTODEVICE); 0 if none.
     pub interface: u32,
     /// Source port by which the destination is kept in the by-source map, host byte order; 0 if by slot.
     pub source_port: u32,
-    /// The companion's port that was dialled, host byte order.
-    pub companion_port: u32,
 }
 
 impl Redirected {
     /// `slot` of a socket whose destination is found by its source address.
     pub const NO_SLOT: u32 = u32::MAX;
+    /// Pillion has bound the socket, which is to be undone when it passes a later connect on.
+    pub const REBOUND: u32 = 1 << 0;
+    /// The companion was dialled by `::1`, not by 127.0.0.1.
+    pub const DIALLED6: u32 = 1 << 1;
 }
 
 /// Key of a destination that is found by the source of the connection: for sockets that cannot take a slot's address.
@@ -97,9 +99,7 @@ pub struct BySourceKey {
     /// Source address as the companion sees it; an IPv4 address in word 0.
     pub address: [u32; 4],
     /// Source port, host byte order.
-    pub port: u16,
-    /// The companion's port, host byte order.
-    pub companion_port: u16,
+    pub port: u32,
     /// [`AF_INET`] or [`AF_INET6`].
     pub family: u32,
 }
@@ -222,7 +222,7 @@ const _: () = {
     assert!(size_of::<WorkloadConfig>() == 32);
     assert!(size_of::<CompanionConfig>() == 16);
     assert!(size_of::<Destination>() == 20);
-    assert!(size_of::<Redirected>() == 60);
+    assert!(size_of::<Redirected>() == 56);
     assert!(size_of::<BySourceKey>() == 32);
     assert!(size_of::<BySource>() == 24);
     assert!(size_of::<PortKey>() == 8);

@@ -1,4 +1,30 @@
+//! The eBPF side of Pillion: one object with every program, compiled for `bpfel-unknown-none`.
+//!
+//! `outbound` sends a workload's connections to its companion, `names` shows the application what it asked for,
+//! `companion` tells the companion where a connection wanted to go, `inbound` steers arriving connections, `slots`
+//! carries destinations from one to the other, `maps` declares all state. Nothing here trusts a workload or a
+//! companion: whatever they do, the worst is that their own connections follow the failure mode.
+//!
+//! Program names begin with `pl_`, map names with `PL_`: the inventory finds them by that.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
+
+mod atomic;
+mod companion;
+mod inbound;
+mod maps;
+mod names;
+mod outbound;
+mod slots;
+mod socket;
+
 #[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! { loop {} }
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // SAFETY: the verifier rejects an object in which this could be reached.
+    unsafe { core::hint::unreachable_unchecked() }
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

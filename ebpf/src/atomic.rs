@@ -1,0 +1,44 @@
+//! 64-bit atomics (Linux 5.12). Rust's own are compiled out for this target, which it takes for one without
+//! compare-and-exchange, although the instruction set has it since version 3.
+
+use core::{arch::asm, ptr::NonNull};
+
+/// Reads a map value that other CPUs change atomically.
+#[inline(always)]
+pub fn load(place: NonNull<u64>) -> u64 {
+    // SAFETY: a map value, aligned; a single 64-bit load.
+    unsafe { place.as_ptr().read_volatile() }
+}
+
+/// Replaces `expected` by `new`; whether it did. A full barrier.
+#[inline(always)]
+pub fn compare_exchange(place: NonNull<u64>, expected: u64, new: u64) -> bool {
+    let seen: u64;
+    // SAFETY: a map value, aligned. The instruction compares with r0 and leaves the old value there.
+    unsafe {
+        asm!(
+            "r0 = cmpxchg_64({place} + 0, r0, {new})",
+            place = in(reg) place.as_ptr(),
+            new = in(reg) new,
+            inlateout("r0") expected => seen,
+            options(nostack),
+        );
+    }
+    seen == expected
+}
+
+/// Adds `value` and returns what was there before. A full barrier.
+#[inline(always)]
+pub fn fetch_add(place: NonNull<u64>, value: u64) -> u64 {
+    let mut value = value;
+    // SAFETY: a map value, aligned.
+    unsafe {
+        asm!(
+            "{value} = atomic_fetch_add((u64 *)({place} + 0), {value})",
+            place = in(reg) place.as_ptr(),
+            value = inout(reg) value,
+            options(nostack),
+        );
+    }
+    value
+}

@@ -1,0 +1,80 @@
+//! sk_lookup in the workload's network namespace: steers arriving connections to the companion's listener.
+//!
+//! Left alone: what arrives on loopback, what this host sent to itself (the companion's own dial to the application
+//! among it), and every port without a rule.
+
+use aya_ebpf::{
+    bindings::{
+        bpf_sk_lookup, bpf_sock,
+        sk_action::{SK_DROP, SK_PASS},
+    },
+    helpers::generated::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release},
+    macros::sk_lookup,
+    programs::SkLookupContext,
+};
+use pillion_common::{AF_INET, AF_INET6, Counter, ListenerKey, PortKey, flags};
+
+use crate::{
+    maps::{PL_INBOUND, PL_LISTENERS, STEER_WORKLOAD, count},
+    socket::{IPPROTO_TCP, TCP_LISTEN, is_local4, is_local6, is_mapped, read},
+};
+
+/// Index of the loopback interface in every network namespace.
+const LOOPBACK_INTERFACE: u32 = 1;
+
+#[sk_lookup]
+pub fn pl_steer(ctx: SkLookupContext) -> u32 {
+    let ctx = ctx.lookup;
+    if read!((*ctx).protocol) != IPPROTO_TCP || read!((*ctx).ingress_ifindex) == LOOPBACK_INTERFACE {
+        return SK_PASS;
+    }
+    let workload = STEER_WORKLOAD.load();
+    let key = PortKey { workload, port: read!((*ctx).local_port) as u16, pad: 0 };
+    // SAFETY: copied at once, before any other operation on the map.
+    let Some(rule) = (unsafe { PL_INBOUND.get(key) }).copied() else { return SK_PASS };
+    let Some(family) = arriving_from_outside(ctx) else { return SK_PASS };
+
+    let key = ListenerKey { workload, port: rule.companion_port, family };
+    // SAFETY: a lookup in a map of sockets returns a referenced socket or null; it is released below.
+    let sk = unsafe { bpf_map_lookup_elem((&raw const PL_LISTENERS).cast_mut().cast(), (&raw const key).cast()) };
+    if !sk.is_null() {
+        let steered = read!((*sk.cast::<bpf_sock>()).state) == TCP_LISTEN
+            // SAFETY: context and referenced socket.
+            && unsafe { bpf_sk_assign(ctx.cast(), sk, 0) } == 0;
+        // SAFETY: the reference taken above.
+        unsafe { bpf_sk_release(sk) };
+        if steered {
+            count(Counter::InboundRedirected);
+            return SK_PASS;
+        }
+    }
+    if rule.flags & flags::FAIL_CLOSED != 0 {
+        count(Counter::InboundFailedClosed);
+        return SK_DROP;
+    }
+    count(Counter::InboundFailedOpen);
+    SK_PASS
+}
+
+/// The family of a packet from another host; `None` for one of this host.
+#[inline(always)]
+fn arriving_from_outside(ctx: *mut bpf_sk_lookup) -> Option<u16> {
+    if read!((*ctx).family) == u32::from(AF_INET) {
+        let remote = read!((*ctx).remote_ip4);
+        return (remote != read!((*ctx).local_ip4) && !is_local4(remote)).then_some(AF_INET);
+    }
+    let remote = [
+        read!((*ctx).remote_ip6[0]),
+        read!((*ctx).remote_ip6[1]),
+        read!((*ctx).remote_ip6[2]),
+        read!((*ctx).remote_ip6[3]),
+    ];
+    let local = [
+        read!((*ctx).local_ip6[0]),
+        read!((*ctx).local_ip6[1]),
+        read!((*ctx).local_ip6[2]),
+        read!((*ctx).local_ip6[3]),
+    ];
+    let own = remote[0] == local[0] && remote[1] == local[1] && remote[2] == local[2] && remote[3] == local[3];
+    (!own && !is_local6(&remote) && !is_mapped(&remote)).then_some(AF_INET6)
+}

@@ -1,0 +1,117 @@
+//! All maps and load-time constants. The agent pins every map, so that state outlives the agent.
+
+use aya_ebpf::{
+    Global,
+    bindings::bpf_map_type::BPF_MAP_TYPE_CGROUP_STORAGE_DEPRECATED as CGROUP_STORAGE,
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, Queue, SkStorage, SockHash},
+    helpers::generated::bpf_get_local_storage,
+    macros::btf_map,
+};
+use pillion_common::{
+    BySource, BySourceKey, CompanionConfig, Counter, Destination, ExcludedPort, InboundRule, ListenerKey, Network4,
+    Network6, PortKey, Redirected, SLOTS, Slot, WorkloadConfig,
+};
+
+/// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made.
+const NO_PREALLOC: usize = 1;
+
+/// Storage of the cgroup that the running program is *attached to*, whichever cgroup below it the socket is in. That
+/// makes one loaded program serve every workload at the cost of a load, and makes nested cgroups right.
+/// (`BPF_MAP_TYPE_CGRP_STORAGE`, its successor, is keyed by a cgroup pointer that these programs cannot get.)
+///
+/// A `u64` key, the cgroup's id, makes all programs of a cgroup share the value (Linux 5.9).
+#[repr(C)]
+pub struct AttachedCgroupStorage<V> {
+    r#type: *const [i32; CGROUP_STORAGE as usize],
+    key: *const u64,
+    value: *const V,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; 0],
+}
+
+// SAFETY: a map definition; the pointers are types for the loader and are never followed.
+unsafe impl<V> Sync for AttachedCgroupStorage<V> {}
+
+impl<V> AttachedCgroupStorage<V> {
+    const fn new() -> Self {
+        use core::ptr::null;
+        Self { r#type: null(), key: null(), value: null(), max_entries: null(), map_flags: null() }
+    }
+
+    /// The value; zeroes until the agent has written it.
+    #[inline(always)]
+    pub fn get(&self) -> &V {
+        // SAFETY: the helper returns the storage of the attached cgroup, never null; the agent replaces the value as
+        // a whole by pointing the kernel at a new buffer, so a reader sees one version.
+        unsafe { &*bpf_get_local_storage((&raw const *self).cast_mut().cast(), 0).cast::<V>() }
+    }
+}
+
+/// What the programs on a workload's cgroup do.
+#[btf_map]
+pub static PL_WORKLOADS: AttachedCgroupStorage<WorkloadConfig> = AttachedCgroupStorage::new();
+/// What the programs on a companion's cgroup know.
+#[btf_map]
+pub static PL_COMPANIONS: AttachedCgroupStorage<CompanionConfig> = AttachedCgroupStorage::new();
+
+/// Original destinations on their way.
+#[btf_map]
+pub static PL_SLOTS: Array<Slot, { SLOTS as usize }> = Array::new();
+/// Slots that were given back, oldest first. Twice the size: a slot that was claimed out of turn leaves its old entry.
+#[btf_map]
+pub static PL_FREE: Queue<u32, { 2 * SLOTS as usize }> = Queue::new();
+/// Element 0: how many slots were ever taken from the fresh ones.
+#[btf_map]
+pub static PL_FRESH: Array<u64, 1> = Array::new();
+/// Destinations of sockets that cannot take a slot's address, by the source of the connection.
+#[btf_map]
+pub static PL_BY_SOURCE: HashMap<BySourceKey, BySource, 16384, NO_PREALLOC> = HashMap::new();
+
+/// On a workload's socket: what the application is to see.
+#[btf_map]
+pub static PL_REDIRECTED: SkStorage<Redirected> = SkStorage::new();
+/// On a companion's accepted socket: the original destination, once asked for.
+#[btf_map]
+pub static PL_ANSWERS: SkStorage<Destination> = SkStorage::new();
+
+/// Excluded destination ports.
+#[btf_map]
+pub static PL_PORTS: HashMap<PortKey, ExcludedPort, 65536, NO_PREALLOC> = HashMap::new();
+/// Excluded IPv4 networks.
+#[btf_map]
+pub static PL_NETS4: LpmTrie<Network4, u32, 65536> = LpmTrie::new();
+/// Excluded IPv6 networks.
+#[btf_map]
+pub static PL_NETS6: LpmTrie<Network6, u32, 65536> = LpmTrie::new();
+
+/// Companions' listening sockets. The kernel takes a socket out when it is closed: its presence says that the
+/// companion lives, whatever the agent does.
+#[btf_map]
+pub static PL_LISTENERS: SockHash<ListenerKey, 16384> = SockHash::new();
+/// Redirected inbound ports.
+#[btf_map]
+pub static PL_INBOUND: HashMap<PortKey, InboundRule, 65536, NO_PREALLOC> = HashMap::new();
+
+/// Indexed by [`Counter`].
+#[btf_map]
+pub static PL_COUNTERS: PerCpuArray<u64, 16> = PerCpuArray::new();
+
+/// The workload that this instance of `pl_steer` serves: `sk_lookup` programs cannot tell their namespace.
+#[unsafe(no_mangle)]
+pub static STEER_WORKLOAD: Global<u32> = Global::new(0);
+/// How many slots may be used, at most [`SLOTS`].
+#[unsafe(no_mangle)]
+pub static USABLE_SLOTS: Global<u32> = Global::new(SLOTS);
+/// After this many units of 2^30 ns an unasked slot is taken back.
+#[unsafe(no_mangle)]
+pub static SLOT_EXPIRY: Global<u32> = Global::new(900);
+
+/// Adds one to a counter of this CPU.
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(value) = PL_COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the element of this CPU; programs on one CPU do not preempt each other in the middle of an add
+        // often enough to matter for a statistic.
+        unsafe { *value += 1 };
+    }
+}

@@ -1,0 +1,72 @@
+//! getpeername(), getsockname() and accept(): an application sees the addresses it asked for, not the companion's.
+
+use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
+use pillion_common::{AF_INET, Redirected};
+
+use crate::{
+    maps::{PL_REDIRECTED, PL_WORKLOADS},
+    socket::{MAPPED, socket_of, storage, write},
+};
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn pl_peer4(ctx: SockAddrContext) -> i32 {
+    if let Some(redirected) = redirected(ctx.sock_addr) {
+        write!((*ctx.sock_addr).user_ip4, redirected.destination.address[0]);
+        write!((*ctx.sock_addr).user_port, u32::from(redirected.destination.port_be));
+    }
+    1
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn pl_peer6(ctx: SockAddrContext) -> i32 {
+    if let Some(redirected) = redirected(ctx.sock_addr) {
+        show6(ctx.sock_addr, redirected.destination.address, redirected.destination.family == AF_INET);
+        write!((*ctx.sock_addr).user_port, u32::from(redirected.destination.port_be));
+    }
+    1
+}
+
+#[cgroup_sock_addr(getsockname4)]
+pub fn pl_name4(ctx: SockAddrContext) -> i32 {
+    if let Some(redirected) = redirected(ctx.sock_addr) {
+        let source = if redirected.bound[0] != 0 { redirected.bound[0] } else { PL_WORKLOADS.get().source4 };
+        write!((*ctx.sock_addr).user_ip4, source);
+    }
+    1
+}
+
+#[cgroup_sock_addr(getsockname6)]
+pub fn pl_name6(ctx: SockAddrContext) -> i32 {
+    if let Some(redirected) = redirected(ctx.sock_addr) {
+        let config = PL_WORKLOADS.get();
+        let bound = redirected.bound;
+        let is4 = redirected.destination.family == AF_INET;
+        let source = if bound[0] | bound[1] | bound[2] | bound[3] != 0 {
+            bound
+        } else if is4 {
+            [config.source4, 0, 0, 0]
+        } else {
+            config.source6
+        };
+        show6(ctx.sock_addr, source, is4);
+    }
+    1
+}
+
+#[inline(always)]
+fn redirected(ctx: *mut bpf_sock_addr) -> Option<&'static Redirected> {
+    let sk = socket_of(ctx);
+    if sk.is_null() {
+        return None;
+    }
+    storage(&PL_REDIRECTED, sk, None).map(|redirected| &*redirected)
+}
+
+#[inline(always)]
+fn show6(ctx: *mut bpf_sock_addr, address: [u32; 4], mapped: bool) {
+    let words = if mapped { [0, 0, MAPPED, address[0]] } else { address };
+    write!((*ctx).user_ip6[0], words[0]);
+    write!((*ctx).user_ip6[1], words[1]);
+    write!((*ctx).user_ip6[2], words[2]);
+    write!((*ctx).user_ip6[3], words[3]);
+}

@@ -1,0 +1,205 @@
+//! Taking slots and giving them back.
+//!
+//! A slot is claimed by compare-and-exchange on its tag, so two CPUs never hold the same one. Order: a slot that was
+//! never used, then the one given back longest ago, then any one whose companion has not asked for longer than the
+//! expiry (found by random probing; they are leftovers of companions that died with a full backlog).
+
+use core::ptr::NonNull;
+
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
+use pillion_common::{
+    AF_INET, AF_INET6, BySource, BySourceKey, Counter, Destination, Redirected, SLOTS, Slot, tag,
+};
+
+use crate::atomic;
+use crate::maps::{PL_BY_SOURCE, PL_FREE, PL_FRESH, PL_SLOTS, SLOT_EXPIRY, USABLE_SLOTS, count};
+use crate::socket::{LOOPBACK4, ONE};
+
+/// How many returned slots, and then how many random ones, are tried.
+const TRIES_RETURNED: u32 = 8;
+const TRIES_RANDOM: u32 = 32;
+
+/// A slot held by this run of a program.
+#[derive(Clone, Copy)]
+pub struct Taken {
+    pub slot: u32,
+    pub generation: u32,
+}
+
+/// Time in units of 2^30 ns (about a second), of the coarse monotonic clock (Linux 5.11).
+#[inline(always)]
+pub fn now() -> u32 {
+    // SAFETY: takes nothing, returns a number.
+    (unsafe { bpf_ktime_get_coarse_ns() } >> 30) as u32 & 0x7fff_ffff
+}
+
+#[inline(always)]
+fn tag_of(slot: *mut Slot) -> NonNull<u64> {
+    // SAFETY: a map value that a lookup has returned, hence not null.
+    unsafe { NonNull::new_unchecked(&raw mut (*slot).tag) }
+}
+
+/// Claims slot `id` unless it waits for its question.
+#[inline(always)]
+fn claim(id: u32, time: u32, netns: u64, workload: u32, destination: &Destination) -> Option<Taken> {
+    let slot = PL_SLOTS.get_ptr_mut(id)?;
+    let seen = atomic::load(tag_of(slot));
+    let expired = tag::is_busy(seen);
+    if expired && tag::age(seen, time) < SLOT_EXPIRY.load() {
+        return None;
+    }
+    let taken = tag::next(seen, time);
+    if !atomic::compare_exchange(tag_of(slot), seen, taken) {
+        return None;
+    }
+    if expired {
+        count(Counter::SlotsExpired);
+    }
+    // SAFETY: the claim makes this run the only writer; a reader checks the tag before and after.
+    unsafe {
+        (*slot).netns = netns;
+        (*slot).workload = workload;
+        (*slot).destination = *destination;
+    }
+    Some(Taken { slot: id, generation: tag::generation(taken) })
+}
+
+/// Takes a slot for `destination`; `None` when all of them wait for their questions.
+#[inline(always)]
+pub fn take(netns: u64, workload: u32, destination: &Destination) -> Option<Taken> {
+    let time = now();
+    let usable = USABLE_SLOTS.load();
+    if let Some(fresh) = PL_FRESH.get_ptr_mut(0).and_then(NonNull::new) {
+        if atomic::load(fresh) < u64::from(usable) {
+            let id = atomic::fetch_add(fresh, 1);
+            if id < u64::from(usable)
+                && let Some(taken) = claim(id as u32, time, netns, workload, destination)
+            {
+                return Some(taken);
+            }
+        }
+    }
+    for _ in 0..TRIES_RETURNED {
+        let Ok(Some(id)) = PL_FREE.pop() else { break };
+        if let Some(taken) = claim(id, time, netns, workload, destination) {
+            return Some(taken);
+        }
+    }
+    for _ in 0..TRIES_RANDOM {
+        // SAFETY: takes nothing, returns a number.
+        let random = unsafe { bpf_get_prandom_u32() } & (SLOTS - 1);
+        if random < usable
+            && let Some(taken) = claim(random, time, netns, workload, destination)
+        {
+            return Some(taken);
+        }
+    }
+    count(Counter::SlotsExhausted);
+    None
+}
+
+/// Gives a slot back, if it still waits in that generation.
+#[inline(always)]
+pub fn give_back(taken: Taken) {
+    let Some(slot) = PL_SLOTS.get_ptr_mut(taken.slot) else { return };
+    let seen = atomic::load(tag_of(slot));
+    if tag::generation(seen) == taken.generation {
+        free(slot, taken.slot, seen);
+    }
+}
+
+#[inline(always)]
+fn free(slot: *mut Slot, id: u32, seen: u64) {
+    if tag::is_busy(seen) && atomic::compare_exchange(tag_of(slot), seen, tag::freed(seen)) {
+        // A slot that cannot be queued is found by random probing.
+        let _ = PL_FREE.push(id, 0);
+    }
+}
+
+/// What a question about a slot finds.
+pub enum Asked {
+    /// The destination; the slot is to be given back with [`answered`].
+    Found(Destination, u64),
+    /// The slot belongs to another connection by now.
+    Stale,
+}
+
+/// Reads the slot of an address. The tag is read before and after, so a half-written destination is never returned.
+#[inline(always)]
+pub fn ask(address: pillion_common::SlotAddress, netns: u64) -> Asked {
+    let Some(slot) = PL_SLOTS.get_ptr_mut(address.slot) else { return Asked::Stale };
+    let before = atomic::load(tag_of(slot));
+    // SAFETY: a map value; may be written at the same time by a claim, which the second look at the tag detects.
+    let (destination, owner) = unsafe {
+        (core::ptr::read_volatile(&raw const (*slot).destination), core::ptr::read_volatile(&raw const (*slot).netns))
+    };
+    let after = atomic::load(tag_of(slot));
+    if tag::generation(before) != tag::generation(after)
+        || !address.is_of(tag::generation(before))
+        || owner != netns
+        || destination.family == 0
+    {
+        return Asked::Stale;
+    }
+    Asked::Found(destination, before)
+}
+
+/// Gives back the slot of an answered (or abandoned) question.
+#[inline(always)]
+pub fn answered(id: u32, seen: u64) {
+    if let Some(slot) = PL_SLOTS.get_ptr_mut(id) {
+        free(slot, id, seen);
+    }
+}
+
+/// Keeps a destination by the source of the connection. Fails while another connection from the same source has not
+/// been asked for, because its answer would be wrong.
+#[inline(always)]
+pub fn keep_by_source(key: &BySourceKey, destination: &Destination) -> bool {
+    let time = now();
+    let value = BySource { destination: *destination, time };
+    const BPF_NOEXIST: u64 = 1;
+    if PL_BY_SOURCE.insert(key, value, BPF_NOEXIST).is_ok() {
+        return true;
+    }
+    // SAFETY: read at once, before any other operation on the map.
+    let expired = match unsafe { PL_BY_SOURCE.get(key) } {
+        Some(held) => time.wrapping_sub(held.time) & 0x7fff_ffff >= SLOT_EXPIRY.load(),
+        None => false,
+    };
+    let kept = expired && PL_BY_SOURCE.insert(key, value, 0).is_ok();
+    if !kept {
+        count(Counter::SlotsExhausted);
+    }
+    kept
+}
+
+/// Gives back whatever carries the destination of a socket whose connection did not come about.
+#[inline(always)]
+pub fn abandon(redirected: &Redirected, netns: u64) {
+    if redirected.slot != Redirected::NO_SLOT {
+        give_back(Taken { slot: redirected.slot, generation: redirected.generation });
+        return;
+    }
+    let _ = PL_BY_SOURCE.remove(key_of(redirected, netns));
+}
+
+/// The key under which the destination of a socket is kept: its source as the companion sees it.
+#[inline(always)]
+pub fn key_of(redirected: &Redirected, netns: u64) -> BySourceKey {
+    let dialled6 = redirected.flags & Redirected::DIALLED6 != 0;
+    let bound = redirected.bound;
+    let address = if bound[0] | bound[1] | bound[2] | bound[3] != 0 {
+        bound
+    } else if dialled6 {
+        [0, 0, 0, ONE]
+    } else {
+        [LOOPBACK4, 0, 0, 0]
+    };
+    BySourceKey {
+        netns,
+        address,
+        port: redirected.source_port,
+        family: u32::from(if dialled6 { AF_INET6 } else { AF_INET }),
+    }
+}

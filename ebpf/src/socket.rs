@@ -1,0 +1,130 @@
+//! Reading sockets and contexts: every raw access to a kernel structure that programs share.
+
+use aya_ebpf::{
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr},
+    btf_maps::SkStorage,
+    helpers::generated::{bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_delete, bpf_sk_storage_get},
+};
+use pillion_common::{AF_INET, AF_INET6, ListenerKey};
+
+use crate::maps::PL_LISTENERS;
+
+pub const SOCK_STREAM: u32 = 1;
+pub const IPPROTO_TCP: u32 = 6;
+/// `TCP_SYN_SENT`, `TCP_CLOSE` and `TCP_LISTEN` of net/tcp_states.h.
+pub const TCP_SYN_SENT: u32 = 2;
+pub const TCP_CLOSE: u32 = 7;
+pub const TCP_LISTEN: u32 = 10;
+
+/// 127.0.0.1, ::1's last word and the ::ffff:0:0/96 word, as they stand in memory.
+pub const LOOPBACK4: u32 = 0x7f00_0001_u32.to_be();
+pub const ONE: u32 = 1_u32.to_be();
+pub const MAPPED: u32 = 0xffff_u32.to_be();
+
+/// Reads one field by its own instruction: the verifier rejects the wider or merged context accesses that the
+/// compiler would otherwise make.
+macro_rules! read {
+    ($place:expr) => {
+        // SAFETY: the pointer is a context or a socket that the verifier tracks; it checks each access.
+        unsafe { core::ptr::read_volatile(&raw const $place) }
+    };
+}
+/// Writes one field by its own instruction.
+macro_rules! write {
+    ($place:expr, $value:expr) => {
+        // SAFETY: as for `read!`.
+        unsafe { core::ptr::write_volatile(&raw mut $place, $value) }
+    };
+}
+pub(crate) use {read, write};
+
+/// The storage of `map` on `sk`, made from `initial` when that is given.
+#[inline(always)]
+pub fn storage<V>(map: &'static SkStorage<V>, sk: *mut bpf_sock, initial: Option<&V>) -> Option<&'static mut V> {
+    let (value, flags) = match initial {
+        Some(initial) => ((&raw const *initial).cast_mut().cast(), u64::from(BPF_SK_STORAGE_GET_F_CREATE)),
+        None => (core::ptr::null_mut(), 0),
+    };
+    // SAFETY: the verifier checks map, socket and value; a non-null result is a value of the map for this run.
+    unsafe { bpf_sk_storage_get((&raw const *map).cast_mut().cast(), sk.cast(), value, flags).cast::<V>().as_mut() }
+}
+
+/// Removes the storage of `map` on `sk`.
+#[inline(always)]
+pub fn forget<V>(map: &'static SkStorage<V>, sk: *mut bpf_sock) {
+    // SAFETY: as for `storage`. An absent value is not an error here.
+    unsafe { bpf_sk_storage_delete((&raw const *map).cast_mut().cast(), sk.cast()) };
+}
+
+/// The socket of a `sock_addr` context.
+#[inline(always)]
+pub fn socket_of(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
+    read!((*ctx).__bindgen_anon_1.sk)
+}
+
+/// Looks up a companion's listening socket and releases it again: is there one that listens?
+#[inline(always)]
+pub fn listening(workload: u32, port: u16, family: u16) -> bool {
+    let key = ListenerKey { workload, port, family };
+    // SAFETY: a lookup in a map of sockets returns a referenced socket or null; it is released below.
+    let sk = unsafe { bpf_map_lookup_elem((&raw const PL_LISTENERS).cast_mut().cast(), (&raw const key).cast()) };
+    if sk.is_null() {
+        return false;
+    }
+    let state = read!((*sk.cast::<bpf_sock>()).state);
+    // SAFETY: the reference taken above.
+    unsafe { bpf_sk_release(sk) };
+    state == TCP_LISTEN
+}
+
+/// 127.0.0.0/8, and 0.0.0.0, which connect() takes for this host.
+#[inline(always)]
+pub fn is_local4(address: u32) -> bool {
+    address & 0xff00_0000_u32.to_be() == 0x7f00_0000_u32.to_be() || address == 0
+}
+
+/// `::1`, and `::`, which connect() takes for this host.
+#[inline(always)]
+pub fn is_local6(address: &[u32; 4]) -> bool {
+    address[0] == 0 && address[1] == 0 && address[2] == 0 && (address[3] == ONE || address[3] == 0)
+}
+
+/// `::ffff:0:0/96`.
+#[inline(always)]
+pub fn is_mapped(address: &[u32; 4]) -> bool {
+    address[0] == 0 && address[1] == 0 && address[2] == MAPPED
+}
+
+/// Four address words and their family, with a v4-mapped address made IPv4.
+#[inline(always)]
+pub fn unmapped(address: [u32; 4]) -> ([u32; 4], u16) {
+    if is_mapped(&address) { ([address[3], 0, 0, 0], AF_INET) } else { (address, AF_INET6) }
+}
+
+/// The peer's address of `sk`.
+#[inline(always)]
+pub fn remote(sk: *mut bpf_sock) -> ([u32; 4], u16) {
+    if read!((*sk).family) == u32::from(AF_INET) {
+        return ([read!((*sk).dst_ip4), 0, 0, 0], AF_INET);
+    }
+    unmapped([
+        read!((*sk).dst_ip6[0]),
+        read!((*sk).dst_ip6[1]),
+        read!((*sk).dst_ip6[2]),
+        read!((*sk).dst_ip6[3]),
+    ])
+}
+
+/// The local address of `sk`.
+#[inline(always)]
+pub fn local(sk: *mut bpf_sock) -> ([u32; 4], u16) {
+    if read!((*sk).family) == u32::from(AF_INET) {
+        return ([read!((*sk).src_ip4), 0, 0, 0], AF_INET);
+    }
+    unmapped([
+        read!((*sk).src_ip6[0]),
+        read!((*sk).src_ip6[1]),
+        read!((*sk).src_ip6[2]),
+        read!((*sk).src_ip6[3]),
+    ])
+}
