@@ -1,1 +1,22 @@
-//! Skeleton.
+//! Where workloads come from: one module a source, and what identifies a process on this node.
+//!
+//! Owns the watching of runtimes and the reading of `/proc`. Never decides what a workload gets, never changes one.
+//!
+//! A source speaks [`RuntimeEvent`]: a snapshot, then deltas; after a reconnect a snapshot again, and what it does not
+//! mention is gone.
+
+mod backoff;
+mod cgroup2;
+mod containerd;
+mod event;
+mod exits;
+mod instance;
+mod inventory;
+mod pidfd;
+mod process;
+
+pub use cgroup2::{Cgroup2Error, Cgroup2Mounts};
+pub use containerd::{ContainerdConfig, ContainerdSource, FirstInstructionProbe};
+pub use event::{RuntimeEvent, SourceName};
+pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
+pub use process::{ProcessWorkloadError, process_workload, resolve_program};

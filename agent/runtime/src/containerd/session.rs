@@ -1,0 +1,162 @@
+//! One connection to containerd, from subscribing to its loss.
+//!
+//! Owns the order of things on a connection: subscribe, snapshot, then look where events point. Never survives an
+//! error of containerd as a whole: the source begins anew.
+
+use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use tokio::{
+    sync::watch,
+    time::{MissedTickBehavior, interval},
+};
+
+use super::{
+    ContainerdConfig, Key,
+    client::{Client, ClientError},
+    events::{Events, Signal},
+    look::Look,
+    source::{Closed, Tracker},
+    work::Work,
+};
+use crate::{
+    RuntimeEvent, SourceName,
+    cgroup2::{Cgroup2Error, Cgroup2Mounts},
+    inventory::Observation,
+};
+
+/// Containers that may wait to be looked at; beyond it looking at everything is cheaper.
+const WAITING_LIMIT: usize = 4096;
+
+/// How a session ended. Sessions end only by errors.
+pub(super) struct Ended {
+    pub(super) error: SessionError,
+    /// Whether containerd had answered with a snapshot.
+    pub(super) was_up: bool,
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SessionError {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error("cannot find cgroups")]
+    Cgroups(#[from] Cgroup2Error),
+}
+
+/// Runs one session to its end.
+pub(super) async fn run(
+    config: &ContainerdConfig,
+    tracker: &mut Tracker,
+    current: &watch::Sender<Option<Client>>,
+) -> Result<Ended, Closed> {
+    let opened = tracker.during(open(config)).await?;
+    let (client, look, mut events) = match opened {
+        Ok(opened) => opened,
+        Err(error) => return Ok(Ended { error, was_up: false }),
+    };
+    let known = tracker.ids();
+    match tracker.during(look.at_all(known)).await? {
+        Ok(seen) => {
+            tracker.snapshot(vec![RuntimeEvent::Up { source: SourceName::CONTAINERD }], seen).await?;
+        }
+        Err(error) => return Ok(Ended { error: error.into(), was_up: false }),
+    }
+    current.send_replace(Some(client.clone()));
+    let error = follow(config, &client, &look, &mut events, tracker).await?.into();
+    Ok(Ended { error, was_up: true })
+}
+
+async fn open(config: &ContainerdConfig) -> Result<(Client, Look, Events), SessionError> {
+    let client = Client::connect(config).await?;
+    let look = Look::new(client.clone(), Cgroup2Mounts::discover()?);
+    let events = Events::subscribe(&client).await?;
+    Ok((client, look, events))
+}
+
+enum Done {
+    Looked(Key, Result<Observation, ClientError>),
+    Answered(Result<String, ClientError>),
+}
+
+/// Looks where events point, until containerd stops answering.
+async fn follow(
+    config: &ContainerdConfig,
+    client: &Client,
+    look: &Look,
+    events: &mut Events,
+    tracker: &mut Tracker,
+) -> Result<ClientError, Closed> {
+    let mut work = Work::default();
+    let mut asked: FuturesUnordered<BoxFuture<'_, Done>> = FuturesUnordered::new();
+    let mut health = interval(config.health_interval);
+    health.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut asking_health = false;
+    loop {
+        while let Some(key) = work.start() {
+            asked.push(Box::pin(async move {
+                let seen = look.at(&key).await;
+                Done::Looked(key, seen)
+            }));
+        }
+        let next = async {
+            tokio::select! {
+                signal = events.next() => Next::Signal(signal),
+                Some(done) = asked.next() => Next::Done(done),
+                _ = health.tick() => Next::Health,
+            }
+        };
+        match tracker.during(next).await? {
+            Next::Signal(Ok(Signal::Look(key))) if work.waiting() < WAITING_LIMIT => work.look(key),
+            Next::Signal(Ok(Signal::Look(_) | Signal::Resync)) => {
+                // Answers to older questions must not follow the snapshot.
+                asked.clear();
+                asking_health = false;
+                work = Work::default();
+                let known = tracker.ids();
+                match tracker.during(look.at_all(known)).await? {
+                    Ok(seen) => tracker.snapshot(Vec::new(), seen).await?,
+                    Err(error) => return Ok(error),
+                }
+            }
+            Next::Signal(Err(error)) => return Ok(error),
+            Next::Done(Done::Looked(key, seen)) => {
+                if seen.is_err() {
+                    // A shim that hangs, or containerd itself? Ask at once.
+                    health.reset_immediately();
+                }
+                take(&key, seen, &mut work, tracker).await?;
+            }
+            Next::Done(Done::Answered(Ok(_))) => asking_health = false,
+            Next::Done(Done::Answered(Err(error))) => return Ok(error),
+            Next::Health if asking_health => {}
+            Next::Health => {
+                asking_health = true;
+                work.retry();
+                asked.push(Box::pin(async { Done::Answered(client.version().await) }));
+            }
+        }
+    }
+}
+
+enum Next {
+    Signal(Result<Signal, ClientError>),
+    Done(Done),
+    Health,
+}
+
+async fn take(
+    key: &Key,
+    seen: Result<Observation, ClientError>,
+    work: &mut Work,
+    tracker: &mut Tracker,
+) -> Result<(), Closed> {
+    let seen = seen.unwrap_or_else(|error| {
+        tracing::warn!(workload = %key, %error, "cannot look at the workload; trying again");
+        Observation::Unclear
+    });
+    work.done(key.clone(), seen != Observation::Unclear);
+    match key.workload_id() {
+        Ok(id) => tracker.observe(&id, seen).await,
+        // The look has said so.
+        Err(_) => Ok(()),
+    }
+}

@@ -1,0 +1,82 @@
+//! What a source tells: the only language between runtimes and the controller.
+//!
+//! Owns the vocabulary and its rules. Never does IO.
+
+use std::fmt;
+
+use pillion_workload::{FirstInstruction, Workload, WorkloadId};
+use serde::Serialize;
+
+/// Names a source: what a [`RuntimeEvent::Snapshot`] replaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct SourceName(&'static str);
+
+impl SourceName {
+    /// The source that watches one containerd.
+    pub const CONTAINERD: Self = Self("containerd");
+
+    /// The name as text.
+    pub fn as_str(self) -> &'static str {
+        self.0
+    }
+}
+
+impl fmt::Display for SourceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.0)
+    }
+}
+
+/// What happened on the node. Applying the same event twice changes nothing.
+///
+/// Rules that every source keeps:
+/// - The first event is `Up` or `Down`. `Up` is followed by a `Snapshot`, then by `Started`, `Changed` and `Stopped`.
+/// - A `Snapshot` replaces everything that its source told before. It may come at any time while the source is up.
+/// - `Down` says nothing about workloads: they run on. Only a `Snapshot` that does not mention a workload, or a
+///   `Stopped`, ends it. `Stopped` may come while the source is down, because exits are also seen without the runtime.
+/// - A workload recreated under the same id is `Stopped`, then `Started`. Within a `Snapshot` it just has another
+///   [`Instance`](pillion_workload::Instance).
+///
+/// [`FirstInstruction`] here says what was true when the source looked: `Before` means that the workload had not begun
+/// *then*. Whether an attach was complete in time is answered by
+/// [`FirstInstructionProbe`](crate::FirstInstructionProbe) afterwards.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+pub enum RuntimeEvent {
+    /// The runtime answers; a `Snapshot` follows.
+    Up {
+        /// Which source.
+        source: SourceName,
+    },
+    /// Every workload that the source has. What is not mentioned is gone.
+    Snapshot {
+        /// Which source.
+        source: SourceName,
+        /// Ordered by id.
+        workloads: Vec<(Workload, FirstInstruction)>,
+    },
+    /// A workload is there.
+    Started {
+        /// The workload.
+        workload: Workload,
+        /// What was true when the source looked.
+        first: FirstInstruction,
+    },
+    /// The same instance, with another subject: labels, image or annotations changed.
+    Changed {
+        /// The workload as it is now.
+        workload: Workload,
+    },
+    /// Its first process has ended.
+    Stopped {
+        /// Which one.
+        id: WorkloadId,
+    },
+    /// The runtime does not answer. The source tries again for ever.
+    Down {
+        /// Which source.
+        source: SourceName,
+        /// What was tried and why it failed, with all causes.
+        error: String,
+    },
+}
