@@ -1,0 +1,445 @@
+//! One relayed connection: two sockets and what is known of them. Copies bytes when it is told which socket is ready;
+//! never waits, never looks at a clock, never touches another connection.
+//!
+//! Readiness is edge-triggered: a flag is set by an event and cleared only by a call that says "not now". Each
+//! direction ends independently: the end of one side's stream is passed on when everything before it has been, by
+//! shutting the other side for writing. A side that fails is *broken*: what it had sent before is still read and
+//! passed on, and then the other side is reset.
+
+use std::{
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    time::{Duration, Instant, SystemTime},
+};
+
+use rustix::{
+    event::epoll::EventFlags,
+    io::Errno,
+    net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown},
+};
+
+use super::{
+    outq::unacknowledged,
+    record::{Direction, Outcome, Record},
+    socket::reset,
+};
+
+/// Bytes copied at a time.
+pub(super) const CHUNK: usize = 64 << 10;
+/// Chunks that one connection may copy in each direction before others have their turn.
+const TURN: usize = 16;
+
+/// Which of the two sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    /// The one that was accepted.
+    Client = 0,
+    /// The one that was dialled.
+    Upstream = 1,
+}
+
+impl Side {
+    fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Upstream,
+            Self::Upstream => Self::Client,
+        }
+    }
+}
+
+/// What a connection needs next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// An event.
+    Waiting,
+    /// Another turn: it has work left.
+    Yielded,
+    /// To be asked again a little later: the peer has not yet acknowledged what came before the reset.
+    Flushing,
+    /// To be closed.
+    Ended(Outcome),
+}
+
+/// The bytes that passed in a turn.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Moved {
+    pub(super) sent: u64,
+    pub(super) received: u64,
+}
+
+#[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is independent of the others; no enum could merge them"
+)]
+struct Peer {
+    socket: OwnedFd,
+    readable: bool,
+    writable: bool,
+    /// More than data may be waiting (an end, an error, an urgent mark): a short read does not mean "empty".
+    exhaust: bool,
+    /// Its stream has ended, or cannot be read any further.
+    ended: bool,
+    /// Its end has been passed on to it.
+    shut: bool,
+    broken: bool,
+    /// Read from the other side and not yet taken by this one. Empty, without memory, unless this side is slow.
+    pending: Vec<u8>,
+    pending_from: usize,
+    /// Bytes that this side took.
+    taken: u64,
+}
+
+/// A connection whose upstream is being dialled or has been reached.
+#[derive(Debug)]
+pub(super) struct Connection {
+    direction: Direction,
+    source: SocketAddr,
+    destination: SocketAddr,
+    accepted_at: SystemTime,
+    accepted: Instant,
+    connect: Option<Duration>,
+    failure: Option<Outcome>,
+    flushing: bool,
+    peers: [Peer; 2],
+}
+
+impl Connection {
+    pub(super) fn new(
+        direction: Direction,
+        source: SocketAddr,
+        destination: SocketAddr,
+        accepted: (SystemTime, Instant),
+        sockets: [OwnedFd; 2],
+    ) -> Self {
+        let peers = sockets.map(|socket| Peer {
+            socket,
+            readable: false,
+            writable: false,
+            exhaust: false,
+            ended: false,
+            shut: false,
+            broken: false,
+            pending: Vec::new(),
+            pending_from: 0,
+            taken: 0,
+        });
+        let (accepted_at, accepted) = accepted;
+        Self {
+            direction,
+            source,
+            destination,
+            accepted_at,
+            accepted,
+            connect: None,
+            failure: None,
+            flushing: false,
+            peers,
+        }
+    }
+
+    pub(super) fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    pub(super) fn socket(&self, side: Side) -> &OwnedFd {
+        &self.peers[side as usize].socket
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        self.connect.is_some()
+    }
+
+    /// What broke it first, if something did.
+    pub(super) fn failure(&self) -> Option<Outcome> {
+        self.failure
+    }
+
+    /// True when it is asked for the first time.
+    pub(super) fn begin_flush(&mut self) -> bool {
+        !std::mem::replace(&mut self.flushing, true)
+    }
+
+    /// The upstream answered.
+    pub(super) fn connected(&mut self, now: Instant) {
+        self.connect = Some(now.saturating_duration_since(self.accepted));
+    }
+
+    /// Notes an epoll event of one side.
+    pub(super) fn note(&mut self, side: Side, flags: EventFlags) {
+        let peer = &mut self.peers[side as usize];
+        peer.writable |= flags.contains(EventFlags::OUT);
+        peer.readable |= flags.contains(EventFlags::IN);
+        if flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR | EventFlags::PRI) {
+            peer.readable = true;
+            peer.exhaust = true;
+        }
+        if flags.contains(EventFlags::ERR) && (peer.ended || self.connect.is_none()) {
+            // No read will come across it.
+            self.break_off(side);
+        }
+    }
+
+    /// Copies what can be copied, both ways. `scratch` is where bytes stay between the two calls; nothing of it is
+    /// kept.
+    pub(super) fn advance(&mut self, scratch: &mut [u8]) -> (Progress, Moved) {
+        if self.connect.is_none() {
+            let ended = self.failure.map_or(Progress::Waiting, Progress::Ended);
+            return (ended, Moved::default());
+        }
+        let before = (self.peers[1].taken, self.peers[0].taken);
+        let broken = self.broken();
+        let mut yielded = self.pump(Side::Client, scratch);
+        yielded |= self.pump(Side::Upstream, scratch);
+        // What broke just now may leave something to be read that had no reason to be read before.
+        yielded |= broken != self.broken();
+        let moved = Moved { sent: self.peers[1].taken - before.0, received: self.peers[0].taken - before.1 };
+        (self.judge(yielded), moved)
+    }
+
+    fn broken(&self) -> [bool; 2] {
+        [self.peers[0].broken, self.peers[1].broken]
+    }
+
+    fn judge(&self, yielded: bool) -> Progress {
+        let [client, upstream] = &self.peers;
+        let failure = self.failure.unwrap_or(Outcome::Ok);
+        let (broken, healthy) = match (client.broken, upstream.broken) {
+            (true, true) => return Progress::Ended(failure),
+            (true, false) => (client, upstream),
+            (false, true) => (upstream, client),
+            (false, false) if client.shut && upstream.shut => return Progress::Ended(failure),
+            (false, false) => return if yielded { Progress::Yielded } else { Progress::Waiting },
+        };
+        if yielded {
+            Progress::Yielded
+        } else if !broken.ended || !healthy.pending.is_empty() || unacknowledged(healthy.socket.as_fd()) > 0 {
+            Progress::Flushing
+        } else {
+            Progress::Ended(failure)
+        }
+    }
+
+    /// Copies from one side to the other until either has had enough; true when only the turn is over.
+    fn pump(&mut self, from: Side, scratch: &mut [u8]) -> bool {
+        for _ in 0..TURN {
+            let [client, upstream] = &mut self.peers;
+            let (source, sink) = match from {
+                Side::Client => (client, upstream),
+                Side::Upstream => (upstream, client),
+            };
+            if sink.broken {
+                return false;
+            }
+            let step = if sink.pending.is_empty() {
+                if source.ended {
+                    // A broken stream has no end to pass on.
+                    if !source.broken && !sink.shut {
+                        sink.shut = true;
+                        if shutdown(&sink.socket, Shutdown::Write).is_err() {
+                            self.break_off(from.other());
+                        }
+                    }
+                    return false;
+                }
+                if !source.readable || !sink.writable {
+                    return false;
+                }
+                source
+                    .read(scratch)
+                    .map_err(|()| from)
+                    .and_then(|length| sink.send(&scratch[..length]).map_err(|()| from.other()))
+            } else if sink.writable {
+                sink.send_pending().map_err(|()| from.other())
+            } else {
+                return false;
+            };
+            if let Err(side) = step {
+                self.break_off(side);
+            }
+        }
+        true
+    }
+
+    fn break_off(&mut self, side: Side) {
+        let peer = &mut self.peers[side as usize];
+        peer.broken = true;
+        peer.readable = true;
+        peer.exhaust = true;
+        peer.pending = Vec::new();
+        self.failure.get_or_insert(match side {
+            Side::Client => Outcome::ResetByClient,
+            Side::Upstream => Outcome::ResetByUpstream,
+        });
+    }
+
+    /// Closes both sockets: in an orderly way when both streams have ended, else by a reset.
+    pub(super) fn close(self, outcome: Outcome, now: Instant) -> Record {
+        let [client, upstream] = self.peers;
+        let record = Record {
+            accepted: self.accepted_at,
+            direction: self.direction,
+            source: self.source,
+            destination: Some(self.destination),
+            bytes_sent: upstream.taken,
+            bytes_received: client.taken,
+            connect: self.connect,
+            duration: now.saturating_duration_since(self.accepted),
+            outcome,
+        };
+        if outcome == Outcome::Ok {
+            drop((client.socket, upstream.socket));
+        } else {
+            reset(client.socket);
+            reset(upstream.socket);
+        }
+        record
+    }
+}
+
+impl Peer {
+    /// Reads once; zero bytes when there is nothing now or no more at all. `Err` is a broken connection.
+    fn read(&mut self, into: &mut [u8]) -> Result<usize, ()> {
+        let size = into.len();
+        match recv(&self.socket, &mut *into, RecvFlags::empty()) {
+            Ok((_, 0)) => {
+                self.ended = true;
+                Ok(0)
+            }
+            Ok((_, length)) => {
+                // A short read has emptied the socket, and what arrives later raises a new event.
+                self.readable = length == size || self.exhaust;
+                Ok(length)
+            }
+            Err(Errno::AGAIN) => {
+                self.readable = false;
+                self.exhaust = false;
+                Ok(0)
+            }
+            Err(Errno::INTR) => Ok(0),
+            Err(_) => {
+                self.ended = true;
+                Err(())
+            }
+        }
+    }
+
+    /// Sends `bytes`, and keeps what the socket does not take now.
+    fn send(&mut self, bytes: &[u8]) -> Result<(), ()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let length = self.send_some(bytes)?;
+        self.pending.extend_from_slice(&bytes[length..]);
+        Ok(())
+    }
+
+    fn send_pending(&mut self) -> Result<(), ()> {
+        let pending = std::mem::take(&mut self.pending);
+        let length = self.send_some(&pending[self.pending_from..]);
+        self.pending_from += length?;
+        if self.pending_from < pending.len() {
+            self.pending = pending;
+        } else {
+            self.pending_from = 0;
+        }
+        Ok(())
+    }
+
+    fn send_some(&mut self, bytes: &[u8]) -> Result<usize, ()> {
+        match send(&self.socket, bytes, SendFlags::NOSIGNAL) {
+            Ok(length) => {
+                self.writable = length == bytes.len();
+                self.taken += length as u64;
+                Ok(length)
+            }
+            Err(Errno::AGAIN) => {
+                self.writable = false;
+                Ok(0)
+            }
+            Err(Errno::INTR) => Ok(0),
+            Err(_) => Err(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{Shutdown as End, TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    /// A connection, driven by hand, and the two ends that its peers hold.
+    fn connection() -> (Connection, TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let [(ours, client), (theirs, upstream)] = [(); 2].map(|()| {
+            let outer = TcpStream::connect(address).unwrap();
+            outer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            let inner = listener.accept().unwrap().0;
+            inner.set_nonblocking(true).unwrap();
+            (outer, OwnedFd::from(inner))
+        });
+        let accepted = (SystemTime::now(), Instant::now());
+        let sockets = [client, upstream];
+        let mut connection = Connection::new(Direction::Outbound, address, address, accepted, sockets);
+        connection.connected(Instant::now());
+        (connection, ours, theirs)
+    }
+
+    fn advance(connection: &mut Connection, scratch: &mut [u8]) -> Progress {
+        for side in [Side::Client, Side::Upstream] {
+            connection.note(side, EventFlags::IN | EventFlags::OUT);
+        }
+        connection.advance(scratch).0
+    }
+
+    #[test]
+    fn memory_is_held_only_for_a_slow_side_and_is_bounded() {
+        let (mut connection, ours, mut theirs) = connection();
+        let mut scratch = vec![0; CHUNK];
+        ours.set_nonblocking(true).unwrap();
+        let block = vec![7; 1 << 20];
+        let (mut written, mut stalled) = (0, 0);
+        while stalled < 3 {
+            match (&ours).write(&block) {
+                Ok(length) => (written, stalled) = (written + length, 0),
+                Err(_) => stalled += 1,
+            }
+            while advance(&mut connection, &mut scratch) == Progress::Yielded {}
+        }
+        assert_eq!(connection.peers[0].pending.capacity(), 0);
+        let pending = &connection.peers[1].pending;
+        assert!(!pending.is_empty() && pending.capacity() <= CHUNK, "{}", pending.capacity());
+
+        ours.shutdown(End::Write).unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let (mut got, mut buffer) = (0, vec![0; 1 << 20]);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            assert!(Instant::now() < deadline);
+            advance(&mut connection, &mut scratch);
+            match theirs.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(length) => got += length,
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            }
+        }
+        assert_eq!(got, written);
+        assert_eq!(connection.peers[1].pending.capacity(), 0);
+    }
+
+    #[test]
+    fn one_connection_cannot_keep_the_thread() {
+        let (mut connection, mut ours, _theirs) = connection();
+        let mut scratch = [0; 16];
+        ours.write_all(&[1; 16 * (TURN + 1)]).unwrap();
+        connection.note(Side::Client, EventFlags::IN);
+        connection.note(Side::Upstream, EventFlags::OUT);
+        let (progress, moved) = connection.advance(&mut scratch);
+        assert_eq!((progress, moved.sent), (Progress::Yielded, 16 * TURN as u64));
+    }
+}
