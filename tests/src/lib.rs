@@ -1,1 +1,29 @@
-//! Skeleton.
+//! The harness of the suites in `tests/`: real namespaces, cgroups, processes and runtimes, and a proof that nothing is left.
+//!
+//! A suite is a file in `tests/tests/`; each of its tests runs within [`on_machine`], which demands root, keeps other suites
+//! off the machine meanwhile, and compares the machine before and after. Every resource is a guard that undoes itself when
+//! dropped; every wait has a deadline. Never used by the agent; knows it only as a program (see [`programs`]).
+
+#![expect(clippy::missing_panics_doc, reason = "a panic fails the test, which is what it is for")]
+
+pub mod cgroup;
+pub mod containerd;
+pub mod echo;
+pub mod image;
+pub mod inventory;
+pub mod machine;
+pub mod netns;
+pub mod process;
+pub mod programs;
+pub mod puppet;
+pub mod wait;
+
+pub use cgroup::CgroupGuard;
+pub use containerd::Containerd;
+pub use echo::EchoServer;
+pub use inventory::Inventory;
+pub use machine::{Machine, on_machine};
+pub use netns::{End, NetNs};
+pub use process::{Finished, ProcessGuard};
+pub use puppet::{Place, Puppet};
+pub use wait::{wait_for, wait_until};
