@@ -75,7 +75,7 @@ pub struct Redirected {
     pub bound: [u32; 4],
     /// [`Redirected::REBOUND`] and [`Redirected::DIALLED6`].
     pub flags: u32,
-    /// The interface that the application had bound the socket to (SO_BINDTODEVICE); 0 if none.
+    /// The interface that the application had bound the socket to (`SO_BINDTODEVICE`); 0 if none.
     pub interface: u32,
     /// Source port by which the destination is kept in the by-source map, host byte order; 0 if by slot.
     pub source_port: u32,

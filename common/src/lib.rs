@@ -12,10 +12,11 @@ mod layout;
 mod slot;
 
 pub use layout::{
-    AF_INET, AF_INET6, BySource, BySourceKey, CompanionConfig, Counter, Destination, ExcludedPort, InboundRule,
-    ListenerKey, Network4, Network6, PORTS_PER_COMPANION, PortKey, Redirected, WorkloadConfig, flags,
+    AF_INET, AF_INET6, BySource, BySourceKey, CompanionConfig, Counter, Destination, ExcludedPort,
+    InboundRule, ListenerKey, Network4, Network6, PORTS_PER_COMPANION, PortKey, Redirected, WorkloadConfig,
+    flags,
 };
-pub use slot::{GENERATION_BITS, SLOT_BITS, SLOTS, SlotAddress, Slot, tag};
+pub use slot::{GENERATION_BITS, SLOT_BITS, SLOTS, Slot, SlotAddress, tag};
 
 /// Version of everything in this crate; part of every pin's path.
 pub const LAYOUT_VERSION: u32 = 1;

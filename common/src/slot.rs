@@ -5,6 +5,8 @@
 //! (`SO_ORIGINAL_DST`) reads them back from the peer's address. A slot is busy from the connect until the question is
 //! answered; the generation makes a question that comes after the slot was given away an error, never a wrong answer.
 
+#![allow(clippy::inline_always, reason = "eBPF programs cannot afford calls for these")]
+
 use crate::Destination;
 
 /// Number of slots, for all workloads together, as a power of two.
@@ -60,7 +62,6 @@ pub mod tag {
 
     /// Generation.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "the upper 32 bits are what is wanted")]
     pub const fn generation(tag: u64) -> u32 {
         (tag >> 32) as u32
     }

@@ -36,7 +36,8 @@ pub fn pl_steer(ctx: SkLookupContext) -> u32 {
 
     let key = ListenerKey { workload, port: rule.companion_port, family };
     // SAFETY: a lookup in a map of sockets returns a referenced socket or null; it is released below.
-    let sk = unsafe { bpf_map_lookup_elem((&raw const PL_LISTENERS).cast_mut().cast(), (&raw const key).cast()) };
+    let sk =
+        unsafe { bpf_map_lookup_elem((&raw const PL_LISTENERS).cast_mut().cast(), (&raw const key).cast()) };
     if !sk.is_null() {
         let steered = read!((*sk.cast::<bpf_sock>()).state) == TCP_LISTEN
             // SAFETY: context and referenced socket.
@@ -75,6 +76,7 @@ fn arriving_from_outside(ctx: *mut bpf_sk_lookup) -> Option<u16> {
         read!((*ctx).local_ip6[2]),
         read!((*ctx).local_ip6[3]),
     ];
-    let own = remote[0] == local[0] && remote[1] == local[1] && remote[2] == local[2] && remote[3] == local[3];
+    let own =
+        remote[0] == local[0] && remote[1] == local[1] && remote[2] == local[2] && remote[3] == local[3];
     (!own && !is_local6(&remote) && !is_mapped(&remote)).then_some(AF_INET6)
 }

@@ -8,8 +8,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use pillion_common::{
-    BySource, BySourceKey, CompanionConfig, Counter, Destination, ExcludedPort, InboundRule, ListenerKey, Network4,
-    Network6, PortKey, Redirected, SLOTS, Slot, WorkloadConfig,
+    BySource, BySourceKey, CompanionConfig, Counter, Destination, ExcludedPort, InboundRule, ListenerKey,
+    Network4, Network6, PortKey, Redirected, SLOTS, Slot, WorkloadConfig,
 };
 
 /// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made.

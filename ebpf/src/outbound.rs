@@ -7,22 +7,24 @@
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr, sockaddr},
-    helpers::generated::{bpf_bind, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_set_retval, bpf_setsockopt},
     btf_maps::lpm_trie::Key,
+    helpers::generated::{
+        bpf_bind, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_set_retval, bpf_setsockopt,
+    },
     macros::{cgroup_sock, cgroup_sock_addr},
     programs::{SockAddrContext, SockContext},
 };
 use pillion_common::{
-    AF_INET, AF_INET6, Counter, Destination, Network4, Network6, PortKey, Redirected, SlotAddress, WorkloadConfig,
-    flags,
+    AF_INET, AF_INET6, Counter, Destination, Network4, Network6, PortKey, Redirected, SlotAddress,
+    WorkloadConfig, flags,
 };
 
 use crate::{
     maps::{PL_NETS4, PL_NETS6, PL_PORTS, PL_REDIRECTED, PL_WORKLOADS, count},
     slots::{self, Taken},
     socket::{
-        IPPROTO_TCP, LOOPBACK4, MAPPED, ONE, SOCK_STREAM, TCP_CLOSE, TCP_SYN_SENT, forget, is_local4, is_local6,
-        is_mapped, listening, read, socket_of, storage, write,
+        IPPROTO_TCP, LOOPBACK4, MAPPED, ONE, SOCK_STREAM, TCP_CLOSE, TCP_SYN_SENT, forget, is_local4,
+        is_local6, is_mapped, listening, read, socket_of, storage, write,
     },
 };
 
@@ -136,12 +138,8 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     };
     let port = u16::from_be(config.outbound_port_be);
     let by4 = listening(config.workload, port, AF_INET);
-    let bound = [
-        read!((*sk).src_ip6[0]),
-        read!((*sk).src_ip6[1]),
-        read!((*sk).src_ip6[2]),
-        read!((*sk).src_ip6[3]),
-    ];
+    let bound =
+        [read!((*sk).src_ip6[0]), read!((*sk).src_ip6[1]), read!((*sk).src_ip6[2]), read!((*sk).src_ip6[3])];
     let bound_any = bound[0] | bound[1] | bound[2] | bound[3] == 0;
     let has_port = read!((*sk).src_port) != 0;
     let netns = netns_of(ctx);
@@ -149,7 +147,8 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     let mut state = begin(sk, destination);
     state.bound = if is_mapped(&bound) { [bound[3], 0, 0, 0] } else { bound };
 
-    let mut carried = by4 && !has_port && (bound_any || is_mapped(&bound)) && carry(ctx, &mut state, config, netns, true);
+    let mut carried =
+        by4 && !has_port && (bound_any || is_mapped(&bound)) && carry(ctx, &mut state, config, netns, true);
     let mut refused = if by4 { EADDRNOTAVAIL } else { ECONNREFUSED };
     if !carried && !mapped && listening(config.workload, port, AF_INET6) {
         state.flags |= Redirected::DIALLED6;
@@ -251,7 +250,13 @@ fn begin(sk: *mut bpf_sock, destination: Destination) -> Redirected {
 /// Lets the source of the connection carry the destination: a slot's address where the socket can take it, else the
 /// source that it is bound to (IPv4 only; for IPv6 sockets the caller decides).
 #[inline(always)]
-fn carry(ctx: *mut bpf_sock_addr, state: &mut Redirected, config: &WorkloadConfig, netns: u64, v6: bool) -> bool {
+fn carry(
+    ctx: *mut bpf_sock_addr,
+    state: &mut Redirected,
+    config: &WorkloadConfig,
+    netns: u64,
+    v6: bool,
+) -> bool {
     if state.source_port != 0 {
         return !v6 && carry_by_source(state, netns);
     }

@@ -131,7 +131,10 @@ pub fn ask(address: pillion_common::SlotAddress, netns: u64) -> Asked {
     let before = atomic::load(tag_of(slot));
     // SAFETY: a map value; may be written at the same time by a claim, which the second look at the tag detects.
     let (destination, owner) = unsafe {
-        (core::ptr::read_volatile(&raw const (*slot).destination), core::ptr::read_volatile(&raw const (*slot).netns))
+        (
+            core::ptr::read_volatile(&raw const (*slot).destination),
+            core::ptr::read_volatile(&raw const (*slot).netns),
+        )
     };
     let after = atomic::load(tag_of(slot));
     if tag::generation(before) != tag::generation(after)

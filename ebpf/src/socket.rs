@@ -40,13 +40,19 @@ pub(crate) use {read, write};
 
 /// The storage of `map` on `sk`, made from `initial` when that is given.
 #[inline(always)]
-pub fn storage<V>(map: &'static SkStorage<V>, sk: *mut bpf_sock, initial: Option<&V>) -> Option<&'static mut V> {
+pub fn storage<V>(
+    map: &'static SkStorage<V>,
+    sk: *mut bpf_sock,
+    initial: Option<&V>,
+) -> Option<&'static mut V> {
     let (value, flags) = match initial {
         Some(initial) => ((&raw const *initial).cast_mut().cast(), u64::from(BPF_SK_STORAGE_GET_F_CREATE)),
         None => (core::ptr::null_mut(), 0),
     };
     // SAFETY: the verifier checks map, socket and value; a non-null result is a value of the map for this run.
-    unsafe { bpf_sk_storage_get((&raw const *map).cast_mut().cast(), sk.cast(), value, flags).cast::<V>().as_mut() }
+    unsafe {
+        bpf_sk_storage_get((&raw const *map).cast_mut().cast(), sk.cast(), value, flags).cast::<V>().as_mut()
+    }
 }
 
 /// Removes the storage of `map` on `sk`.
@@ -67,7 +73,8 @@ pub fn socket_of(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
 pub fn listening(workload: u32, port: u16, family: u16) -> bool {
     let key = ListenerKey { workload, port, family };
     // SAFETY: a lookup in a map of sockets returns a referenced socket or null; it is released below.
-    let sk = unsafe { bpf_map_lookup_elem((&raw const PL_LISTENERS).cast_mut().cast(), (&raw const key).cast()) };
+    let sk =
+        unsafe { bpf_map_lookup_elem((&raw const PL_LISTENERS).cast_mut().cast(), (&raw const key).cast()) };
     if sk.is_null() {
         return false;
     }

@@ -1,1 +1,36 @@
-//! Skeleton.
+//! Redirection: loads the eBPF programs once, attaches them to workloads, and owns what is attached.
+//!
+//! The only crate that talks to eBPF. Owns programs, maps, links and pins; never starts a process, never decides what
+//! is to be redirected. It redirects only to a [`ReadyCompanion`](pillion_workload::ReadyCompanion), whose listening
+//! sockets it hands to the kernel: the kernel itself drops a socket that is closed, so that the failure mode acts
+//! at once, and while no agent runs.
+//!
+//! Pins, below the pin root (default `/sys/fs/bpf/pillion`), for layout version 1:
+//!
+//! ```text
+//! v1/maps/PL_…                      every map of the object
+//! v1/links/NUMBER/pl_…              the links of one workload's cgroup and network namespace
+//! v1/links/NUMBER/COMPANION/pl_…    the links of one companion's cgroup
+//! ```
+
+mod bpffs;
+mod counters;
+mod dataplane;
+mod error;
+mod guard;
+mod inventory;
+mod links;
+mod object;
+mod probe;
+mod rules;
+mod steer;
+mod sys;
+
+pub use bpffs::Bpffs;
+pub use counters::Counters;
+pub use dataplane::{Dataplane, LoadOptions};
+pub use error::RedirectError;
+pub use guard::{AttachRequest, RedirectGuard, RedirectRecord, Sources};
+pub use inventory::{Inventory, KernelObject, inventory};
+pub use pillion_common::LAYOUT_VERSION;
+pub use probe::{Feature, probe};

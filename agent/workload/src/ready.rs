@@ -53,7 +53,7 @@ impl ReadyCompanion {
     }
 }
 
-/// A listening TCP socket of a companion, duplicated from it (pidfd_getfd, Linux 5.6).
+/// A listening TCP socket of a companion, duplicated from it (`pidfd_getfd`, Linux 5.6).
 #[derive(Debug)]
 pub struct Listener {
     /// Port, host byte order.

@@ -1,0 +1,311 @@
+//! The loaded programs and the pinned maps of one agent, or of one `pillion run`.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash, lpm_trie::Key},
+    programs::ProgramFd,
+};
+use pillion_common::{
+    BySource, BySourceKey, CompanionConfig, Counter, ExcludedPort, InboundRule, LAYOUT_VERSION, ListenerKey,
+    Network4, Network6, PortKey, SLOTS, Slot, WorkloadConfig, tag,
+};
+use pillion_workload::CgroupId;
+
+use crate::{
+    Bpffs, Counters, RedirectError,
+    links::remove_if_there,
+    object::{self, COMPANION_PROGRAMS, Constants, MAPS, WORKLOAD_PROGRAMS},
+    rules::Network,
+    steer::{Steer, SteerPool},
+    sys,
+};
+
+/// How a data plane is loaded.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Directory for the pins, in a BPF file system. Nobody else may load from it at the same time.
+    pub pin_root: PathBuf,
+    /// How many connections may wait for their companion's question at once, for all workloads; at most 65,536.
+    pub slots: u32,
+    /// How long one may wait before its slot can be given to another connection. Longer than any companion stalls.
+    pub slot_expiry: Duration,
+}
+
+impl LoadOptions {
+    /// The usual limits: 65,536 slots, 15 minutes.
+    pub fn new(pin_root: impl Into<PathBuf>) -> Self {
+        Self { pin_root: pin_root.into(), slots: SLOTS, slot_expiry: Duration::from_secs(900) }
+    }
+}
+
+/// Programs and maps. Shared by all guards made from it; maps and links outlive it in their pins.
+pub struct Dataplane {
+    directory: PathBuf,
+    programs: BTreeMap<&'static str, ProgramFd>,
+    maps: Mutex<Maps>,
+    next_number: AtomicU32,
+    steers: SteerPool,
+    bpffs: Bpffs,
+}
+
+pub(crate) struct Maps {
+    workloads: Map,
+    companions: Map,
+    slots: Array<MapData, Slot>,
+    by_source: HashMap<MapData, BySourceKey, BySource>,
+    ports: HashMap<MapData, PortKey, ExcludedPort>,
+    networks4: LpmTrie<MapData, Network4, u32>,
+    networks6: LpmTrie<MapData, Network6, u32>,
+    listeners: SockHash<MapData, ListenerKey>,
+    inbound: HashMap<MapData, PortKey, InboundRule>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+impl std::fmt::Debug for Dataplane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Dataplane").field("directory", &self.directory).finish_non_exhaustive()
+    }
+}
+
+impl Dataplane {
+    /// Loads every program, onto the maps that are pinned below the root or new ones. Takes tens of milliseconds:
+    /// once at start, never in a gate.
+    pub fn load(options: &LoadOptions) -> Result<Arc<Self>, RedirectError> {
+        let bpffs = Bpffs::ensure(&options.pin_root)?;
+        let directory = options.pin_root.join(format!("v{LAYOUT_VERSION}"));
+        for part in ["maps", "links"] {
+            let path = directory.join(part);
+            fs::create_dir_all(&path).map_err(RedirectError::sys("cannot create", &path))?;
+        }
+        let constants = Constants {
+            usable_slots: options.slots.clamp(1, SLOTS),
+            // Units of 2^30 ns; see `pillion_common::tag`.
+            slot_expiry: u32::try_from(options.slot_expiry.as_nanos() >> 30).unwrap_or(u32::MAX >> 2).max(1),
+            steer_workload: 0,
+        };
+        let pins = directory.join("maps");
+        let mut object = object::open(Some(&pins), &constants)?;
+        let mut programs = BTreeMap::new();
+        for program in WORKLOAD_PROGRAMS.iter().chain(&COMPANION_PROGRAMS) {
+            programs.insert(program.name, object::load_program(&mut object, program.name)?);
+        }
+        let next_number = AtomicU32::new(highest_number(&directory.join("links")) + 1);
+        Ok(Arc::new(Self {
+            programs,
+            maps: Mutex::new(Maps::take(&mut object)?),
+            next_number,
+            steers: SteerPool::new(pins, constants),
+            directory,
+            bpffs,
+        }))
+    }
+
+    /// Whether loading has mounted the BPF file system.
+    pub fn mounted_bpffs(&self) -> bool {
+        self.bpffs.was_mounted_here()
+    }
+
+    /// Keeps `count` instances of the inbound program ready. Call it outside of gates, when a policy with inbound
+    /// rules is in force.
+    pub fn prepare_inbound(&self, count: usize) -> Result<(), RedirectError> {
+        while self.steers.len() < count {
+            self.steers.put(self.steers.load(self.take_number())?);
+        }
+        Ok(())
+    }
+
+    /// What the kernel side has counted. Reads every slot: not for a hot path.
+    pub fn counters(&self) -> Result<Counters, RedirectError> {
+        let maps = self.maps();
+        let mut counters = Counters::default();
+        for counter in Counter::ALL {
+            let values =
+                maps.counters.get(&(counter as u32), 0).map_err(RedirectError::map("PL_COUNTERS"))?;
+            counters.set(counter, values.iter().sum());
+        }
+        for slot in maps.slots.iter() {
+            let slot = slot.map_err(RedirectError::map("PL_SLOTS"))?;
+            counters.slots_busy += u64::from(tag::is_busy(slot.tag));
+        }
+        counters.by_source = maps.by_source.keys().count() as u64;
+        Ok(counters)
+    }
+
+    /// Ends everything: for `pillion run`, when its workload has ended. Guards must have been detached before.
+    pub fn unpin(&self) -> Result<(), RedirectError> {
+        for map in MAPS {
+            let path = self.directory.join("maps").join(map);
+            remove_if_there(fs::remove_file(&path)).map_err(RedirectError::sys("cannot unpin", &path))?;
+        }
+        let root = self.directory.parent().unwrap_or(&self.directory);
+        for path in [
+            self.directory.join("maps"),
+            self.directory.join("links"),
+            self.directory.clone(),
+            root.to_owned(),
+        ] {
+            remove_if_there(fs::remove_dir(&path)).map_err(RedirectError::sys("cannot remove", &path))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn maps(&self) -> MutexGuard<'_, Maps> {
+        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn links(&self, number: u32) -> PathBuf {
+        self.directory.join("links").join(number.to_string())
+    }
+
+    pub(crate) fn program(&self, name: &'static str) -> Result<&ProgramFd, RedirectError> {
+        self.programs.get(name).ok_or(RedirectError::Missing(name))
+    }
+
+    pub(crate) fn take_number(&self) -> u32 {
+        self.next_number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// An instance of the inbound program: a ready one, or for `number` if that is given, or a new one.
+    pub(crate) fn steer(&self, number: Option<u32>) -> Result<Steer, RedirectError> {
+        match number {
+            Some(number) => self.steers.load(number),
+            None => match self.steers.take() {
+                Some(steer) => Ok(steer),
+                None => self.steers.load(self.take_number()),
+            },
+        }
+    }
+}
+
+/// The highest number that has links; 0 if none has.
+fn highest_number(links: &Path) -> u32 {
+    let Ok(entries) = fs::read_dir(links) else { return 0 };
+    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).max().unwrap_or(0)
+}
+
+impl Maps {
+    fn take(object: &mut Ebpf) -> Result<Self, RedirectError> {
+        fn typed<T: TryFrom<Map, Error = MapError>>(
+            object: &mut Ebpf,
+            map: &'static str,
+        ) -> Result<T, RedirectError> {
+            object
+                .take_map(map)
+                .ok_or(RedirectError::Missing(map))?
+                .try_into()
+                .map_err(|source| RedirectError::Layout { map, source: Box::new(source) })
+        }
+        let mut plain = |map| object.take_map(map).ok_or(RedirectError::Missing(map));
+        Ok(Self {
+            workloads: plain("PL_WORKLOADS")?,
+            companions: plain("PL_COMPANIONS")?,
+            slots: typed(object, "PL_SLOTS")?,
+            by_source: typed(object, "PL_BY_SOURCE")?,
+            ports: typed(object, "PL_PORTS")?,
+            networks4: typed(object, "PL_NETS4")?,
+            networks6: typed(object, "PL_NETS6")?,
+            listeners: typed(object, "PL_LISTENERS")?,
+            inbound: typed(object, "PL_INBOUND")?,
+            counters: typed(object, "PL_COUNTERS")?,
+        })
+    }
+
+    pub(crate) fn configure_workload(
+        &self,
+        cgroup: CgroupId,
+        config: &WorkloadConfig,
+    ) -> Result<(), RedirectError> {
+        write_storage(&self.workloads, "PL_WORKLOADS", cgroup, config)
+    }
+
+    pub(crate) fn configure_companion(
+        &self,
+        cgroup: CgroupId,
+        config: &CompanionConfig,
+    ) -> Result<(), RedirectError> {
+        write_storage(&self.companions, "PL_COMPANIONS", cgroup, config)
+    }
+
+    pub(crate) fn exclude_port(&mut self, key: PortKey) -> Result<(), RedirectError> {
+        self.ports.insert(key, 1, 0).map_err(RedirectError::map("PL_PORTS"))
+    }
+
+    pub(crate) fn include_port(&mut self, key: PortKey) -> Result<(), RedirectError> {
+        absent_is_fine(self.ports.remove(&key), "PL_PORTS")
+    }
+
+    pub(crate) fn exclude_network(&mut self, workload: u32, network: Network) -> Result<(), RedirectError> {
+        match network {
+            Network::V4 { address, length } => self
+                .networks4
+                .insert(&Key::new(32 + length, Network4 { workload, address }), 1, 0)
+                .map_err(RedirectError::map("PL_NETS4")),
+            Network::V6 { address, length } => self
+                .networks6
+                .insert(&Key::new(32 + length, Network6 { workload, address }), 1, 0)
+                .map_err(RedirectError::map("PL_NETS6")),
+        }
+    }
+
+    pub(crate) fn include_network(&mut self, workload: u32, network: Network) -> Result<(), RedirectError> {
+        match network {
+            Network::V4 { address, length } => absent_is_fine(
+                self.networks4.remove(&Key::new(32 + length, Network4 { workload, address })),
+                "PL_NETS4",
+            ),
+            Network::V6 { address, length } => absent_is_fine(
+                self.networks6.remove(&Key::new(32 + length, Network6 { workload, address })),
+                "PL_NETS6",
+            ),
+        }
+    }
+
+    pub(crate) fn steer_port(&mut self, key: PortKey, rule: InboundRule) -> Result<(), RedirectError> {
+        self.inbound.insert(key, rule, 0).map_err(RedirectError::map("PL_INBOUND"))
+    }
+
+    pub(crate) fn leave_port(&mut self, key: PortKey) -> Result<(), RedirectError> {
+        absent_is_fine(self.inbound.remove(&key), "PL_INBOUND")
+    }
+
+    pub(crate) fn add_listener(&mut self, key: ListenerKey, socket: &OwnedFd) -> Result<(), RedirectError> {
+        self.listeners.insert(key, socket.as_raw_fd(), 0).map_err(RedirectError::map("PL_LISTENERS"))
+    }
+
+    pub(crate) fn remove_listener(&mut self, key: ListenerKey) -> Result<(), RedirectError> {
+        absent_is_fine(self.listeners.remove(&key), "PL_LISTENERS")
+    }
+}
+
+fn write_storage<V: aya::Pod>(
+    map: &Map,
+    name: &'static str,
+    cgroup: CgroupId,
+    value: &V,
+) -> Result<(), RedirectError> {
+    let (Map::CgroupStorage(data) | Map::Unsupported(data)) = map else {
+        return Err(RedirectError::Missing(name));
+    };
+    sys::write_cgroup_storage(data.fd().as_fd(), cgroup.0, value)
+        .map_err(RedirectError::sys("cannot configure", Path::new(name)))
+}
+
+fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(), RedirectError> {
+    match result {
+        Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        Err(error) => Err(RedirectError::map(map)(error)),
+    }
+}

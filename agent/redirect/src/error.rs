@@ -1,0 +1,96 @@
+//! What can go wrong, with the object it went wrong with.
+
+use std::{io, path::PathBuf};
+
+use pillion_workload::CompanionName;
+
+/// A failure of redirection.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    /// The BPF file system cannot be used.
+    #[error("cannot use the BPF file system at {}", path.display())]
+    Bpffs {
+        /// Where it is, or should be.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The object as a whole cannot be loaded.
+    #[error("cannot load the eBPF object (kernel without BTF, or not enough privileges?)")]
+    Object(#[source] Box<aya::EbpfError>),
+    /// The kernel refuses a program.
+    #[error("the kernel refuses the eBPF program {program}")]
+    Program {
+        /// Its name.
+        program: &'static str,
+        /// Why, with the verifier's log.
+        #[source]
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// A program or map is not in the object.
+    #[error("the eBPF object has no {0}")]
+    Missing(&'static str),
+    /// A map has another shape than this build expects.
+    #[error("the pinned map {map} has another layout; run `pillion cleanup`, then start again")]
+    Layout {
+        /// Its name.
+        map: &'static str,
+        /// Why.
+        #[source]
+        source: Box<aya::maps::MapError>,
+    },
+    /// A map entry cannot be written or removed.
+    #[error("cannot change map {map}")]
+    Map {
+        /// Its name.
+        map: &'static str,
+        /// Why.
+        #[source]
+        source: Box<aya::maps::MapError>,
+    },
+    /// A raw BPF system call failed.
+    #[error("{operation} {}", subject.display())]
+    Sys {
+        /// What was tried.
+        operation: &'static str,
+        /// On which path.
+        subject: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A redirect target has no port yet.
+    #[error("the redirect to companion {0} has no port; ports are settled before attaching")]
+    NoPort(CompanionName),
+    /// A companion does not listen where the policy sends connections.
+    #[error("companion {companion} does not listen on port {port}")]
+    NotListening {
+        /// Which companion.
+        companion: CompanionName,
+        /// On which port.
+        port: u16,
+    },
+    /// A companion listens on more ports than the kernel side knows.
+    #[error(
+        "companion {companion} has {count} ports, at most {} are possible",
+        pillion_common::PORTS_PER_COMPANION
+    )]
+    TooManyPorts {
+        /// Which companion.
+        companion: CompanionName,
+        /// How many.
+        count: usize,
+    },
+}
+
+impl RedirectError {
+    pub(crate) fn map(map: &'static str) -> impl Fn(aya::maps::MapError) -> Self {
+        move |source| Self::Map { map, source: Box::new(source) }
+    }
+
+    pub(crate) fn sys(operation: &'static str, subject: &std::path::Path) -> impl FnOnce(io::Error) -> Self {
+        let subject = subject.to_owned();
+        move |source| Self::Sys { operation, subject, source }
+    }
+}

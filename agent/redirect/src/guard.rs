@@ -1,0 +1,458 @@
+//! What is in force for one workload: links and map entries, with one owner.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{Ipv4Addr, Ipv6Addr},
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+};
+
+use aya_obj::generated::bpf_attach_type::BPF_SK_LOOKUP;
+use pillion_common::{AF_INET, AF_INET6, CompanionConfig, ListenerKey, PORTS_PER_COMPANION, WorkloadConfig};
+use pillion_workload::{Cgroup, CgroupId, CompanionName, FailureMode, Family, ReadyCompanion, RedirectSpec};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Dataplane, RedirectError,
+    links::{Link, directory_name, open_directory, remove_if_there},
+    object::{COMPANION_PROGRAMS, STEER_PROGRAM, WORKLOAD_PROGRAMS},
+    rules::Rules,
+    steer::Steer,
+};
+
+/// The addresses that getsockname shows for a redirected socket that the application has not bound: those that the
+/// kernel would have chosen towards the default route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sources {
+    /// For IPv4 destinations.
+    pub v4: Ipv4Addr,
+    /// For IPv6 destinations.
+    pub v6: Ipv6Addr,
+}
+
+impl Default for Sources {
+    fn default() -> Self {
+        Self { v4: Ipv4Addr::LOCALHOST, v6: Ipv6Addr::LOCALHOST }
+    }
+}
+
+/// What is to be put in force.
+#[derive(Debug)]
+pub struct AttachRequest<'a> {
+    /// The workload's cgroup; everything below it is covered.
+    pub cgroup: &'a Cgroup,
+    /// Its network namespace.
+    pub netns: BorrowedFd<'a>,
+    /// Which sockets go where; every target has a port.
+    pub spec: &'a RedirectSpec,
+    /// What happens while a companion is not there.
+    pub on_failure: FailureMode,
+    /// See [`Sources`].
+    pub sources: Sources,
+    /// Companions that are ready now. Others follow by [`RedirectGuard::companion_ready`]; until then the failure mode
+    /// acts. Taken by value, because a listening socket that the agent keeps would outlive its companion.
+    pub companions: Vec<ReadyCompanion>,
+}
+
+/// What is needed to take up a guard after a restart of the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RedirectRecord {
+    /// Number of the workload in the maps.
+    pub number: u32,
+    /// The workload's cgroup.
+    pub cgroup: Cgroup,
+    /// What is in force.
+    pub spec: RedirectSpec,
+    /// What happens while a companion is not there.
+    pub on_failure: FailureMode,
+    /// See [`Sources`].
+    pub sources: Sources,
+    /// The cgroup of each companion that was attached.
+    pub companions: BTreeMap<CompanionName, CgroupId>,
+}
+
+/// Redirection in force. [`RedirectGuard::detach`] ends it, [`RedirectGuard::leave`] keeps it for the next agent;
+/// dropping it, on a path that failed, detaches.
+#[derive(Debug)]
+pub struct RedirectGuard {
+    dataplane: Arc<Dataplane>,
+    cgroup: Cgroup,
+    spec: RedirectSpec,
+    on_failure: FailureMode,
+    sources: Sources,
+    rules: Rules,
+    outbound: Vec<Link>,
+    inbound: Option<Link>,
+    companions: BTreeMap<CompanionName, (CgroupId, Vec<Link>)>,
+    done: bool,
+}
+
+impl Dataplane {
+    /// Puts redirection in force. On an error nothing is left.
+    pub fn attach(self: &Arc<Self>, request: AttachRequest<'_>) -> Result<RedirectGuard, RedirectError> {
+        let steer = if request.spec.inbound.is_empty() { None } else { Some(self.steer(None)?) };
+        let number = steer.as_ref().map_or_else(|| self.take_number(), |steer| steer.number);
+        let mut guard = RedirectGuard {
+            dataplane: Arc::clone(self),
+            cgroup: request.cgroup.clone(),
+            spec: request.spec.clone(),
+            on_failure: request.on_failure,
+            sources: request.sources,
+            rules: Rules::new(number, request.spec, request.on_failure, &request.sources)?,
+            outbound: Vec::new(),
+            inbound: None,
+            companions: BTreeMap::new(),
+            done: false,
+        };
+        guard.create_directory("")?;
+        guard.write_entries(&guard.rules)?;
+        for ready in request.companions {
+            guard.companion_ready(ready)?;
+        }
+        guard.connect_links(request.netns, steer)?;
+        Ok(guard)
+    }
+
+    /// Takes up what an earlier agent has left in force, and lets it run this agent's programs. What has been lost of
+    /// it is attached again. Listeners stay as they are in the kernel.
+    pub fn adopt(
+        self: &Arc<Self>,
+        record: &RedirectRecord,
+        netns: BorrowedFd<'_>,
+    ) -> Result<RedirectGuard, RedirectError> {
+        let mut guard = self.restore(record)?;
+        guard.create_directory("")?;
+        guard.write_entries(&guard.rules)?;
+        for program in &WORKLOAD_PROGRAMS {
+            if let Ok(link) = Link::adopt(&guard.pin(program.name)) {
+                if link.has_cgroup() {
+                    link.run(self.program(program.name)?)?;
+                    guard.outbound.push(link);
+                } else {
+                    link.detach()?;
+                }
+            }
+        }
+        if guard.outbound.len() < WORKLOAD_PROGRAMS.len() {
+            for link in guard.outbound.drain(..) {
+                link.detach()?;
+            }
+        }
+        let steer =
+            if guard.rules.inbound.is_empty() { None } else { Some(self.steer(Some(record.number))?) };
+        if let (Some(steer), Ok(link)) = (&steer, Link::adopt(&guard.pin(STEER_PROGRAM))) {
+            match link.run(&steer.program) {
+                Ok(()) => guard.inbound = Some(link),
+                Err(_) => link.detach()?,
+            }
+        }
+        guard.connect_links(netns, steer)?;
+        for (name, cgroup) in &record.companions {
+            let mut links = Vec::new();
+            for program in &COMPANION_PROGRAMS {
+                let pin = guard.companion_pin(name, program.name);
+                if let Ok(link) = Link::adopt(&pin)
+                    && link.has_cgroup()
+                {
+                    link.run(self.program(program.name)?)?;
+                    links.push(link);
+                }
+            }
+            if links.len() == COMPANION_PROGRAMS.len() {
+                guard.companions.insert(name.clone(), (*cgroup, links));
+            }
+        }
+        Ok(guard)
+    }
+
+    /// Ends what an earlier agent has left in force for a workload that is gone.
+    pub fn discard(self: &Arc<Self>, record: &RedirectRecord) -> Result<(), RedirectError> {
+        let mut guard = self.restore(record)?;
+        for program in &WORKLOAD_PROGRAMS {
+            guard.outbound.extend(Link::adopt(&guard.pin(program.name)));
+        }
+        guard.inbound = Link::adopt(&guard.pin(STEER_PROGRAM)).ok();
+        for (name, cgroup) in &record.companions {
+            let links = COMPANION_PROGRAMS
+                .iter()
+                .filter_map(|program| Link::adopt(&guard.companion_pin(name, program.name)).ok())
+                .collect();
+            guard.companions.insert(name.clone(), (*cgroup, links));
+        }
+        guard.detach()
+    }
+
+    fn restore(self: &Arc<Self>, record: &RedirectRecord) -> Result<RedirectGuard, RedirectError> {
+        Ok(RedirectGuard {
+            dataplane: Arc::clone(self),
+            cgroup: record.cgroup.clone(),
+            spec: record.spec.clone(),
+            on_failure: record.on_failure,
+            sources: record.sources,
+            rules: Rules::new(record.number, &record.spec, record.on_failure, &record.sources)?,
+            outbound: Vec::new(),
+            inbound: None,
+            companions: BTreeMap::new(),
+            // An error on the way leaves in force what is there.
+            done: true,
+        })
+    }
+}
+
+impl RedirectGuard {
+    /// What the journal keeps.
+    pub fn record(&self) -> RedirectRecord {
+        RedirectRecord {
+            number: self.rules.config.workload,
+            cgroup: self.cgroup.clone(),
+            spec: self.spec.clone(),
+            on_failure: self.on_failure,
+            sources: self.sources,
+            companions: self.companions.iter().map(|(name, (cgroup, _))| (name.clone(), *cgroup)).collect(),
+        }
+    }
+
+    /// Sends connections to a companion from now on: after its first start, or after a restart.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "its listening sockets must be closed here, see `AttachRequest`"
+    )]
+    pub fn companion_ready(&mut self, ready: ReadyCompanion) -> Result<(), RedirectError> {
+        let name = ready.name().clone();
+        let Some(ports) = self.rules.companion_ports.get(&name).cloned() else { return Ok(()) };
+        if ports.len() > PORTS_PER_COMPANION {
+            return Err(RedirectError::TooManyPorts { companion: name, count: ports.len() });
+        }
+        self.attach_companion(&name, ready.cgroup())?;
+        let mut config = CompanionConfig::default();
+        for (place, port) in config.ports.iter_mut().zip(&ports) {
+            *place = *port;
+        }
+        let workload = self.rules.config.workload;
+        let mut maps = self.dataplane.maps();
+        maps.configure_companion(ready.cgroup().id, &config)?;
+        for port in ports {
+            let mut listens = false;
+            for (family, number) in [(Family::V4, AF_INET), (Family::V6, AF_INET6)] {
+                let key = ListenerKey { workload, port, family: number };
+                match ready.listener(port, family) {
+                    Some(listener) => {
+                        maps.add_listener(key, &listener.socket)?;
+                        listens = true;
+                    }
+                    None => maps.remove_listener(key)?,
+                }
+            }
+            if !listens {
+                return Err(RedirectError::NotListening { companion: name, port });
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the failure mode act for what goes to this companion. The kernel does so by itself when the companion's
+    /// sockets are closed; this is for one that is to be stopped.
+    pub fn companion_gone(&mut self, name: &CompanionName) -> Result<(), RedirectError> {
+        let Some(ports) = self.rules.companion_ports.get(name) else { return Ok(()) };
+        let workload = self.rules.config.workload;
+        let mut maps = self.dataplane.maps();
+        for port in ports {
+            for family in [AF_INET, AF_INET6] {
+                maps.remove_listener(ListenerKey { workload, port: *port, family })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts other rules in force without touching open connections. A companion or port that is new needs
+    /// [`RedirectGuard::companion_ready`] afterwards.
+    pub fn update(
+        &mut self,
+        netns: BorrowedFd<'_>,
+        spec: &RedirectSpec,
+        on_failure: FailureMode,
+        sources: Sources,
+    ) -> Result<(), RedirectError> {
+        let number = self.rules.config.workload;
+        let old = std::mem::replace(&mut self.rules, Rules::new(number, spec, on_failure, &sources)?);
+        self.spec = spec.clone();
+        self.on_failure = on_failure;
+        self.sources = sources;
+        // New entries before the configuration that looks at them, old ones after it.
+        self.write_entries(&self.rules)?;
+        let steer = match (&self.inbound, self.rules.inbound.is_empty()) {
+            (None, false) => Some(self.dataplane.steer(Some(number))?),
+            _ => None,
+        };
+        self.connect_links(netns, steer)?;
+        let mut maps = self.dataplane.maps();
+        for port in old.excluded_ports.difference(&self.rules.excluded_ports) {
+            maps.include_port(old.port_key(*port))?;
+        }
+        for network in old.excluded_networks.difference(&self.rules.excluded_networks) {
+            maps.include_network(number, *network)?;
+        }
+        for port in old.inbound.keys().filter(|port| !self.rules.inbound.contains_key(port)) {
+            maps.leave_port(old.port_key(*port))?;
+        }
+        for (name, ports) in &old.companion_ports {
+            let kept = self.rules.companion_ports.get(name);
+            for port in ports.iter().filter(|port| !kept.is_some_and(|kept| kept.contains(port))) {
+                for family in [AF_INET, AF_INET6] {
+                    maps.remove_listener(ListenerKey { workload: number, port: *port, family })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends redirection. Open connections stay with the companion. Goes on after an error and returns the first.
+    pub fn detach(mut self) -> Result<(), RedirectError> {
+        self.undo()
+    }
+
+    /// Leaves everything in force for the next agent.
+    pub fn leave(mut self) {
+        self.done = true;
+    }
+
+    fn undo(&mut self) -> Result<(), RedirectError> {
+        self.done = true;
+        let mut first = None;
+        let mut note = |result: Result<(), RedirectError>| {
+            if let Err(error) = result {
+                first.get_or_insert(error);
+            }
+        };
+        if !self.outbound.is_empty() && self.outbound.iter().any(Link::has_cgroup) {
+            // One write turns redirection off; the links go afterwards one by one.
+            note(self.dataplane.maps().configure_workload(self.cgroup.id, &WorkloadConfig::default()));
+        }
+        for link in self.inbound.take().into_iter().chain(self.outbound.drain(..).rev()) {
+            note(link.detach());
+        }
+        let directory = self.dataplane.links(self.rules.config.workload);
+        for (name, (_, links)) in std::mem::take(&mut self.companions) {
+            for link in links {
+                note(link.detach());
+            }
+            let path = directory.join(directory_name(name.as_str()));
+            note(remove_if_there(fs::remove_dir(&path)).map_err(RedirectError::sys("cannot remove", &path)));
+        }
+        note(self.remove_entries());
+        note(
+            remove_if_there(fs::remove_dir(&directory))
+                .map_err(RedirectError::sys("cannot remove", &directory)),
+        );
+        first.map_or(Ok(()), Err)
+    }
+
+    fn remove_entries(&self) -> Result<(), RedirectError> {
+        let workload = self.rules.config.workload;
+        let mut maps = self.dataplane.maps();
+        for port in &self.rules.excluded_ports {
+            maps.include_port(self.rules.port_key(*port))?;
+        }
+        for network in &self.rules.excluded_networks {
+            maps.include_network(workload, *network)?;
+        }
+        for port in self.rules.inbound.keys() {
+            maps.leave_port(self.rules.port_key(*port))?;
+        }
+        for port in self.rules.companion_ports.values().flatten() {
+            for family in [AF_INET, AF_INET6] {
+                maps.remove_listener(ListenerKey { workload, port: *port, family })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_entries(&self, rules: &Rules) -> Result<(), RedirectError> {
+        let mut maps = self.dataplane.maps();
+        for port in &rules.excluded_ports {
+            maps.exclude_port(rules.port_key(*port))?;
+        }
+        for network in &rules.excluded_networks {
+            maps.exclude_network(rules.config.workload, *network)?;
+        }
+        for (port, rule) in &rules.inbound {
+            maps.steer_port(rules.port_key(*port), *rule)?;
+        }
+        Ok(())
+    }
+
+    /// Attaches or detaches so that the links are those that the rules want, and writes the configuration.
+    fn connect_links(&mut self, netns: BorrowedFd<'_>, steer: Option<Steer>) -> Result<(), RedirectError> {
+        if self.spec.outbound.is_some() {
+            let cgroup = open_directory(&self.cgroup.path)?;
+            let fresh = self.outbound.is_empty();
+            for (index, program) in WORKLOAD_PROGRAMS.iter().enumerate() {
+                if index == 1 {
+                    // The first program has made the cgroup's storage; connect programs come after this.
+                    self.dataplane.maps().configure_workload(self.cgroup.id, &self.rules.config)?;
+                }
+                if fresh {
+                    let loaded = self.dataplane.program(program.name)?;
+                    let pin = self.pin(program.name);
+                    self.outbound.push(Link::attach(loaded, cgroup.as_fd(), program.attach_type, pin)?);
+                }
+            }
+        } else if !self.outbound.is_empty() {
+            self.dataplane.maps().configure_workload(self.cgroup.id, &self.rules.config)?;
+            for link in self.outbound.drain(..).rev() {
+                link.detach()?;
+            }
+        }
+        if self.rules.inbound.is_empty() {
+            if let Some(link) = self.inbound.take() {
+                link.detach()?;
+            }
+        } else if let (None, Some(steer)) = (&self.inbound, steer) {
+            self.inbound = Some(Link::attach(&steer.program, netns, BPF_SK_LOOKUP, self.pin(STEER_PROGRAM))?);
+        }
+        Ok(())
+    }
+
+    fn attach_companion(&mut self, name: &CompanionName, cgroup: &Cgroup) -> Result<(), RedirectError> {
+        if let Some((attached, links)) = self.companions.get(name)
+            && *attached == cgroup.id
+            && links.iter().all(Link::has_cgroup)
+        {
+            return Ok(());
+        }
+        self.create_directory(&directory_name(name.as_str()))?;
+        let target = open_directory(&cgroup.path)?;
+        let mut links = Vec::new();
+        for program in &COMPANION_PROGRAMS {
+            let loaded = self.dataplane.program(program.name)?;
+            let pin = self.companion_pin(name, program.name);
+            links.push(Link::attach(loaded, target.as_fd(), program.attach_type, pin)?);
+        }
+        self.companions.insert(name.clone(), (cgroup.id, links));
+        Ok(())
+    }
+
+    fn create_directory(&self, below: &str) -> Result<(), RedirectError> {
+        let path = self.dataplane.links(self.rules.config.workload).join(below);
+        fs::create_dir_all(&path).map_err(RedirectError::sys("cannot create", &path))
+    }
+
+    fn pin(&self, program: &str) -> std::path::PathBuf {
+        self.dataplane.links(self.rules.config.workload).join(program)
+    }
+
+    fn companion_pin(&self, name: &CompanionName, program: &str) -> std::path::PathBuf {
+        self.dataplane.links(self.rules.config.workload).join(directory_name(name.as_str())).join(program)
+    }
+}
+
+impl Drop for RedirectGuard {
+    fn drop(&mut self) {
+        if !self.done
+            && let Err(error) = self.undo()
+        {
+            tracing::error!(cgroup = %self.cgroup.path.display(), error = &error as &dyn std::error::Error, "redirection could not be taken back");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! The embedded eBPF object: its programs, where each is attached, and how it is loaded onto pinned maps.
+
+use std::path::Path;
+
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{CgroupSock, CgroupSockAddr, CgroupSockopt, Program, ProgramFd, SkLookup},
+};
+use aya_obj::generated::bpf_attach_type::{
+    self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET_SOCK_RELEASE, BPF_CGROUP_INET4_CONNECT,
+    BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET4_GETSOCKNAME, BPF_CGROUP_INET6_CONNECT,
+    BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_INET6_GETSOCKNAME,
+};
+
+use crate::RedirectError;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pillion-ebpf"));
+
+/// A program that is attached to cgroups.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CgroupProgram {
+    pub(crate) name: &'static str,
+    pub(crate) attach_type: bpf_attach_type,
+}
+
+const fn on(name: &'static str, attach_type: bpf_attach_type) -> CgroupProgram {
+    CgroupProgram { name, attach_type }
+}
+
+/// On a workload's cgroup, in the order of attaching: what shows names before what redirects, and first a program that
+/// uses the configuration, because its storage is made by that.
+pub(crate) const WORKLOAD_PROGRAMS: [CgroupProgram; 7] = [
+    on("pl_name4", BPF_CGROUP_INET4_GETSOCKNAME),
+    on("pl_name6", BPF_CGROUP_INET6_GETSOCKNAME),
+    on("pl_peer4", BPF_CGROUP_INET4_GETPEERNAME),
+    on("pl_peer6", BPF_CGROUP_INET6_GETPEERNAME),
+    on("pl_release", BPF_CGROUP_INET_SOCK_RELEASE),
+    on("pl_connect4", BPF_CGROUP_INET4_CONNECT),
+    on("pl_connect6", BPF_CGROUP_INET6_CONNECT),
+];
+
+/// On a companion's cgroup.
+pub(crate) const COMPANION_PROGRAMS: [CgroupProgram; 2] =
+    [on("pl_original", BPF_CGROUP_GETSOCKOPT), on("pl_unasked", BPF_CGROUP_INET_SOCK_RELEASE)];
+
+/// On a workload's network namespace, one instance a workload.
+pub(crate) const STEER_PROGRAM: &str = "pl_steer";
+
+/// Every map of the object.
+pub(crate) const MAPS: [&str; 14] = [
+    "PL_WORKLOADS",
+    "PL_COMPANIONS",
+    "PL_SLOTS",
+    "PL_FREE",
+    "PL_FRESH",
+    "PL_BY_SOURCE",
+    "PL_REDIRECTED",
+    "PL_ANSWERS",
+    "PL_PORTS",
+    "PL_NETS4",
+    "PL_NETS6",
+    "PL_LISTENERS",
+    "PL_INBOUND",
+    "PL_COUNTERS",
+];
+
+/// Values that are fixed when a program is loaded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Constants {
+    pub(crate) usable_slots: u32,
+    pub(crate) slot_expiry: u32,
+    pub(crate) steer_workload: u32,
+}
+
+/// Parses the object and makes its maps, or takes those pinned in `maps`. No program is loaded yet.
+pub(crate) fn open(maps: Option<&Path>, constants: &Constants) -> Result<Ebpf, RedirectError> {
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("USABLE_SLOTS", &constants.usable_slots, true)
+        .override_global("SLOT_EXPIRY", &constants.slot_expiry, true)
+        .override_global("STEER_WORKLOAD", &constants.steer_workload, true);
+    if let Some(directory) = maps {
+        for name in MAPS {
+            loader.map_pin_path(name, directory.join(name));
+        }
+    }
+    loader.load(OBJECT).map_err(|error| RedirectError::Object(Box::new(error)))
+}
+
+/// Loads one program into the kernel and returns a descriptor of it.
+pub(crate) fn load_program(object: &mut Ebpf, name: &'static str) -> Result<ProgramFd, RedirectError> {
+    let refused = |source| RedirectError::Program { program: name, source: Box::new(source) };
+    let program = object.program_mut(name).ok_or(RedirectError::Missing(name))?;
+    match program {
+        Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
+        Program::CgroupSock(program) => CgroupSock::load(program),
+        Program::CgroupSockopt(program) => CgroupSockopt::load(program),
+        Program::SkLookup(program) => SkLookup::load(program),
+        _ => return Err(RedirectError::Missing(name)),
+    }
+    .map_err(refused)?;
+    program.fd().map_err(refused)?.try_clone().map_err(|error| refused(error.into()))
+}
