@@ -1,7 +1,7 @@
 //! Finds the cgroup2 directory of a process, on pure cgroup2 and on hybrid machines.
 //!
 //! Owns the reading of `/proc/self/mountinfo` and of the `0::` line of `/proc/PID/cgroup` (cgroups(7),
-//! proc_pid_mountinfo(5)). Never creates, moves or removes a cgroup.
+//! `proc_pid_mountinfo(5)`). Never creates, moves or removes a cgroup.
 //!
 //! A process names its cgroup relative to the root of *our* cgroup namespace, and a mount names its root the same way.
 //! So a mount covers a cgroup when its root is a prefix of the cgroup's path, component by component; both may begin

@@ -3,7 +3,7 @@
 //! Owns all reading of `/proc/PID`. Never keeps a pid without its start time, never enters a namespace.
 //!
 //! Everything is read through one descriptor of `/proc/PID`. The kernel ties that directory to the process and not to
-//! the number: once the process is gone reads fail with ESRCH, even when the pid is in use again (pidfd_open(2) says
+//! the number: once the process is gone reads fail with ESRCH, even when the pid is in use again (`pidfd_open(2)` says
 //! the same of pidfds). So two processes cannot be mixed into one [`Instance`].
 
 use std::{

@@ -252,38 +252,40 @@ mod tests {
     }
 
     proptest! {
-        /// For any interleaving: who follows the events knows the last snapshot plus all that was seen since.
-        #[test]
-        fn events_tell_the_whole_truth(steps in steps()) {
-            let (mut inventory, mut truth, mut told) = (Inventory::default(), State::new(), State::new());
-            for step in steps {
-                match step {
-                    Step::Look(number, seen) => {
-                        take(&mut truth, number, &seen);
-                        follow(&mut told, inventory.observe(&id(number), seen));
-                    }
-                    Step::All(all) => {
-                        truth.retain(|known, _| all.keys().any(|number| id(*number) == *known));
-                        all.iter().for_each(|(number, seen)| take(&mut truth, *number, seen));
-                        let all = all.into_iter().map(|(number, seen)| (id(number), seen)).collect();
-                        follow(&mut told, inventory.reconcile(all));
-                    }
-                    Step::Exit(number, generation) => {
-                        let process = workload(number, generation, 0).instance.process;
-                        if truth.get(&id(number)).is_some_and(|w| w.instance.process == process) {
-                            truth.remove(&id(number));
+            /// For any interleaving: who follows the events knows the last snapshot plus all that was seen since.
+            #[test]
+            fn events_tell_the_whole_truth(steps in steps()) {
+                let (mut inventory, mut truth, mut told) = (Inventory::default(), State::new(), State::new());
+                for step in steps {
+                    match step {
+                        Step::Look(number, seen) => {
+                            take(&mut truth, number, &seen);
+                            follow(&mut told, inventory.observe(&id(number), seen));
                         }
-                        follow(&mut told, inventory.exited(&id(number), process).into_iter().collect());
+                        Step::All(all) => {
+                            truth.retain(|known, _| all.keys().any(|number| id(*number) == *known));
+                            for (number, seen) in &all {
+     take(&mut truth, *number, seen);
+    }
+                            let all = all.into_iter().map(|(number, seen)| (id(number), seen)).collect();
+                            follow(&mut told, inventory.reconcile(all));
+                        }
+                        Step::Exit(number, generation) => {
+                            let process = workload(number, generation, 0).instance.process;
+                            if truth.get(&id(number)).is_some_and(|w| w.instance.process == process) {
+                                truth.remove(&id(number));
+                            }
+                            follow(&mut told, inventory.exited(&id(number), process).into_iter().collect());
+                        }
+                        Step::TellAll => {
+                            let before = told.clone();
+                            follow(&mut told, vec![inventory.snapshot(SourceName::CONTAINERD)]);
+                            prop_assert_eq!(&before, &told);
+                        }
                     }
-                    Step::TellAll => {
-                        let before = told.clone();
-                        follow(&mut told, vec![inventory.snapshot(SourceName::CONTAINERD)]);
-                        prop_assert_eq!(&before, &told);
-                    }
+                    prop_assert_eq!(&truth, &told);
+                    prop_assert!(inventory.ids().eq(truth.keys()));
                 }
-                prop_assert_eq!(&truth, &told);
-                prop_assert!(inventory.ids().eq(truth.keys()));
             }
         }
-    }
 }

@@ -1,4 +1,4 @@
-//! Waits for the end of one process through its pidfd (pidfd_open(2), Linux 5.3).
+//! Waits for the end of one process through its pidfd (`pidfd_open(2)`, Linux 5.3).
 //!
 //! Owns the descriptor. Never signals the process, never reaps it.
 #![expect(unsafe_code, reason = "tokio registers a foreign descriptor only through an unsafe function")]

@@ -15,7 +15,7 @@ pub(super) fn enclosing<'a>(directory: &'a Path, cgroups_path: &str) -> Option<&
     let mut parts = cgroups_path.split(':');
     let wanted = match (parts.next(), parts.next(), parts.next(), parts.next()) {
         (Some(path), None, ..) => path.trim_matches('/').to_owned(),
-        (Some(_slice), Some(_), Some(name), None) if name.ends_with(".slice") => name.to_owned(),
+        (Some(_slice), Some(_), Some(name), None) if name.strip_suffix(".slice").is_some() => name.to_owned(),
         (Some(_slice), Some(""), Some(name), None) => format!("{name}.scope"),
         (Some(_slice), Some(prefix), Some(name), None) => format!("{prefix}-{name}.scope"),
         _ => return None,

@@ -21,6 +21,7 @@ use containerd_client::{
     },
     types::Envelope,
 };
+use pillion_workload::Pid;
 use prost::{Message, Name};
 use prost_types::Any;
 use tokio::{sync::mpsc, task::AbortHandle, time};
@@ -50,6 +51,8 @@ const TOPICS: [&str; 6] = [
 pub(super) enum Signal {
     /// Look at this container again.
     Look(Key),
+    /// The same, and its task has just been created with this first process. Only a hint: the event may be an old one.
+    Created(Key, Pid),
     /// Some events were lost or not understood: look at everything again.
     Resync,
 }
@@ -142,8 +145,13 @@ async fn read(
 /// What an event means; `None` when it is about an `exec` inside a container.
 fn decode(envelope: &Envelope) -> Option<Signal> {
     let key = |container: String| Some((container, String::new()));
+    let mut created = None;
     let decoded = envelope.event.as_ref().and_then(|event| match envelope.topic.as_str() {
-        "/tasks/create" => key(unpack::<TaskCreate>(event)?.container_id),
+        "/tasks/create" => {
+            let event = unpack::<TaskCreate>(event)?;
+            created = i32::try_from(event.pid).ok().map(Pid);
+            key(event.container_id)
+        }
         "/tasks/start" => key(unpack::<TaskStart>(event)?.container_id),
         "/tasks/exit" => unpack::<TaskExit>(event).map(|exit| (exit.container_id, exit.id)),
         "/tasks/delete" => unpack::<TaskDelete>(event).map(|delete| (delete.container_id, delete.id)),
@@ -153,7 +161,8 @@ fn decode(envelope: &Envelope) -> Option<Signal> {
     });
     match decoded {
         Some((container, process)) if process.is_empty() || process == container => {
-            Some(Signal::Look(Key::new(&envelope.namespace, container)))
+            let key = Key::new(&envelope.namespace, container);
+            Some(created.map_or_else(|| Signal::Look(key.clone()), |pid| Signal::Created(key.clone(), pid)))
         }
         Some(_) => None,
         None => {
@@ -198,6 +207,7 @@ mod tests {
     #[test]
     fn decodes_events() {
         let look = Some(Signal::Look(Key::new("default", "c1")));
+        let created = Some(Signal::Created(Key::new("default", "c1"), Pid(7)));
         let id = || "c1".to_owned();
         let exit =
             |process: &str| TaskExit { container_id: id(), id: process.to_owned(), ..TaskExit::default() };
@@ -207,7 +217,16 @@ mod tests {
             ..TaskDelete::default()
         };
         for (topic, event, wanted) in [
-            ("/tasks/create", to_any(&TaskCreate { container_id: id(), ..TaskCreate::default() }), &look),
+            (
+                "/tasks/create",
+                to_any(&TaskCreate { container_id: id(), pid: 7, ..TaskCreate::default() }),
+                &created,
+            ),
+            (
+                "/tasks/create",
+                to_any(&TaskCreate { container_id: id(), pid: u32::MAX, ..TaskCreate::default() }),
+                &look,
+            ),
             ("/tasks/start", to_any(&TaskStart { container_id: id(), pid: 1 }), &look),
             ("/tasks/exit", to_any(&exit("c1")), &look),
             ("/tasks/exit", to_any(&exit("an-exec")), &None),

@@ -8,7 +8,7 @@ use std::{
 };
 
 use containerd_client::types::v1::{Process, Status};
-use pillion_workload::{Instance, Pid, Workload, WorkloadId};
+use pillion_workload::{FirstInstruction, Instance, Pid, Workload, WorkloadId};
 
 use super::{
     Key,
@@ -43,11 +43,30 @@ impl Look {
         )?;
         let Some(task) = task else { return Ok(Observation::Absent) };
         let Some(record) = record.map(Record::parse) else { return Ok(Observation::Unclear) };
-        let sandbox = match record.sandbox() {
-            Some(id) => self.client.container(namespace, id).await?.map(Record::parse),
-            None => None,
-        };
+        let sandbox = self.sandbox(key, &record).await?;
         Ok(self.join(key, &task, &record, sandbox.as_ref()))
+    }
+
+    /// Looks at a container that has just been created, by the pid that its event tells. Does not ask for its task,
+    /// because that answer waits until the task's start is over, and being early is what counts here. `None` when the
+    /// process is not in the cgroup of the container's specification: then the event may be an old one.
+    pub(super) async fn glimpse(&self, key: &Key, pid: Pid) -> Result<Option<Observation>, ClientError> {
+        let record = self.client.container(&key.namespace, &key.container).await?.map(Record::parse);
+        let Some(record) = record.filter(|record| !record.is_sandbox()) else { return Ok(None) };
+        let sandbox = self.sandbox(key, &record).await?;
+        let own_cgroup = |instance: &Instance| {
+            record.cgroup.as_deref().is_some_and(|path| enclosing(&instance.cgroup.path, path).is_some())
+        };
+        Ok(self.instance(pid, &record).ok().filter(own_cgroup).map(|instance| {
+            self.present(key, instance, FirstInstruction::Unknown, &record, sandbox.as_ref())
+        }))
+    }
+
+    async fn sandbox(&self, key: &Key, record: &Record) -> Result<Option<Record>, ClientError> {
+        match record.sandbox() {
+            Some(id) => Ok(self.client.container(&key.namespace, id).await?.map(Record::parse)),
+            None => Ok(None),
+        }
     }
 
     /// Looks at everything. What is in `known` and was not listed is asked for by itself, because a listing leaves out
@@ -126,6 +145,17 @@ impl Look {
                 return Observation::Unclear;
             }
         };
+        self.present(key, instance, first_instruction(status), record, sandbox)
+    }
+
+    fn present(
+        &self,
+        key: &Key,
+        instance: Instance,
+        first: FirstInstruction,
+        record: &Record,
+        sandbox: Option<&Record>,
+    ) -> Observation {
         if instance.cgroup.path == self.mounts.mount_point() {
             // Attaching there would be attaching to everything on the machine.
             tracing::warn!(workload = %key, "container left alone: it runs in the root cgroup");
@@ -134,7 +164,7 @@ impl Look {
         match key.workload_id() {
             Ok(id) => {
                 let workload = Workload { id, subject: record.subject(key, sandbox), instance };
-                Observation::Present(Box::new(workload), first_instruction(status))
+                Observation::Present(Box::new(workload), first)
             }
             Err(error) => {
                 tracing::warn!(%key, %error, "container left alone");

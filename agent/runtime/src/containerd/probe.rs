@@ -2,10 +2,11 @@
 //!
 //! Owns the truth about [`FirstInstruction`] for containerd. Never caches: each answer is a question to containerd.
 //!
-//! Between `create` and `start` a container's first process is the runtime's own (`runc init`), waiting on a FIFO; the
-//! shim takes the task's lock for all of `start` and reports `created` only before. So an answer of `created` was true
-//! when it was given, and it was given after it was asked for. What the process says about itself (its name, its
-//! executable) is not used: a workload could say anything.
+//! Between `create` and `start` a container's first process is the runtime's own (`runc init`), waiting on a FIFO. The
+//! shim reads its state under a lock that it holds for all of `start`, so `created` was true at some moment after it was
+//! asked for: what was in force before the question was in force before the first instruction. (The rest of the shim's
+//! answer may wait for the same lock, so the answer can arrive when the container already runs.) What the process says
+//! about itself (its name, its executable) is not used: a workload could say anything.
 
 use pillion_workload::{FirstInstruction, Workload};
 use tokio::sync::watch;
@@ -24,12 +25,14 @@ impl FirstInstructionProbe {
         Self { client }
     }
 
-    /// Whether the workload has begun by now: `Before` when its first instruction is still to come, `After` when it has
-    /// begun, `Unknown` when containerd does not answer within its deadline (3 s by default), when the workload is
-    /// gone, or when it is not this source's.
+    /// Whether the workload has begun: `Before` when its first instruction was still to come at some moment after this
+    /// was called, `After` when it had begun by the time of the answer, `Unknown` when containerd does not answer within
+    /// its deadline (3 s by default), when the workload is gone, or when it is not this source's.
     ///
     /// To judge an attach ask twice, just before and just after it comes into force, and see
-    /// [`FirstInstructionProbe::verdict`].
+    /// [`FirstInstructionProbe::verdict`]. While the runtime is starting the container the answer comes only when that is
+    /// done (some 10 ms), so do not let the attach itself wait for the first of the two for longer than a moment: an
+    /// `After` that came with the event will do, and otherwise `Unknown` is the honest stand-in.
     pub async fn check(&self, workload: &Workload) -> FirstInstruction {
         let Some(key) = Key::of(&workload.id) else { return FirstInstruction::Unknown };
         let Some(client) = self.client.borrow().clone() else { return FirstInstruction::Unknown };

@@ -25,6 +25,8 @@ use crate::{
 
 /// Containers that may wait to be looked at; beyond it looking at everything is cheaper.
 const WAITING_LIMIT: usize = 4096;
+/// Questions to containerd in flight at once, glimpses at new containers included.
+const ASKED_LIMIT: usize = 32;
 
 /// How a session ended. Sessions end only by errors.
 pub(super) struct Ended {
@@ -48,13 +50,13 @@ pub(super) async fn run(
     tracker: &mut Tracker,
     current: &watch::Sender<Option<Client>>,
 ) -> Result<Ended, Closed> {
-    let opened = tracker.during(open(config)).await?;
+    let opened = tracker.during(Box::pin(open(config))).await?;
     let (client, look, mut events) = match opened {
         Ok(opened) => opened,
         Err(error) => return Ok(Ended { error, was_up: false }),
     };
     let known = tracker.ids();
-    match tracker.during(look.at_all(known)).await? {
+    match tracker.during(Box::pin(look.at_all(known))).await? {
         Ok(seen) => {
             tracker.snapshot(vec![RuntimeEvent::Up { source: SourceName::CONTAINERD }], seen).await?;
         }
@@ -73,6 +75,7 @@ async fn open(config: &ContainerdConfig) -> Result<(Client, Look, Events), Sessi
 }
 
 enum Done {
+    Glimpsed(Key, Result<Option<Observation>, ClientError>),
     Looked(Key, Result<Observation, ClientError>),
     Answered(Result<String, ClientError>),
 }
@@ -106,18 +109,29 @@ async fn follow(
         };
         match tracker.during(next).await? {
             Next::Signal(Ok(Signal::Look(key))) if work.waiting() < WAITING_LIMIT => work.look(key),
-            Next::Signal(Ok(Signal::Look(_) | Signal::Resync)) => {
+            Next::Signal(Ok(Signal::Created(key, pid))) if work.waiting() < WAITING_LIMIT => {
+                work.look(key.clone());
+                if asked.len() < ASKED_LIMIT {
+                    asked.push(Box::pin(async move {
+                        let seen = look.glimpse(&key, pid).await;
+                        Done::Glimpsed(key, seen)
+                    }));
+                }
+            }
+            Next::Signal(Ok(Signal::Look(_) | Signal::Created(..) | Signal::Resync)) => {
                 // Answers to older questions must not follow the snapshot.
                 asked.clear();
                 asking_health = false;
                 work = Work::default();
                 let known = tracker.ids();
-                match tracker.during(look.at_all(known)).await? {
+                match tracker.during(Box::pin(look.at_all(known))).await? {
                     Ok(seen) => tracker.snapshot(Vec::new(), seen).await?,
                     Err(error) => return Ok(error),
                 }
             }
-            Next::Signal(Err(error)) => return Ok(error),
+            // Without a glimpse the look, which follows in any case, tells.
+            Next::Done(Done::Glimpsed(key, Ok(Some(seen)))) => tracker.discover(&key, seen).await?,
+            Next::Done(Done::Glimpsed(_, Ok(None) | Err(_))) => {}
             Next::Done(Done::Looked(key, seen)) => {
                 if seen.is_err() {
                     // A shim that hangs, or containerd itself? Ask at once.
@@ -126,7 +140,7 @@ async fn follow(
                 take(&key, seen, &mut work, tracker).await?;
             }
             Next::Done(Done::Answered(Ok(_))) => asking_health = false,
-            Next::Done(Done::Answered(Err(error))) => return Ok(error),
+            Next::Signal(Err(error)) | Next::Done(Done::Answered(Err(error))) => return Ok(error),
             Next::Health if asking_health => {}
             Next::Health => {
                 asking_health = true;

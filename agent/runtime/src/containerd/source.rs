@@ -13,7 +13,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{ContainerdConfig, FirstInstructionProbe, client::Client, look::chain, session};
+use super::{ContainerdConfig, FirstInstructionProbe, Key, client::Client, look::chain, session};
 use crate::{
     RuntimeEvent, SourceName,
     backoff::Backoff,
@@ -101,6 +101,14 @@ impl Tracker {
         let seen = self.watch(id, seen);
         let events = self.inventory.observe(id, seen);
         self.send(events).await
+    }
+
+    /// Takes in a glimpse at a new workload. It may be older than what is known, so it counts only when nothing is.
+    pub(super) async fn discover(&mut self, key: &Key, seen: Observation) -> Result<(), Closed> {
+        match key.workload_id() {
+            Ok(id) if self.inventory.get(&id).is_none() => self.observe(&id, seen).await,
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// Takes in a look at everything and tells all of it: `opening`, then a snapshot.

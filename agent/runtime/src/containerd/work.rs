@@ -64,8 +64,8 @@ impl Work {
 mod tests {
     use super::*;
 
-    fn key(name: impl ToString) -> Key {
-        Key::new("default", name.to_string())
+    fn key(name: impl std::fmt::Display) -> Key {
+        Key::new("default", format!("{name}"))
     }
 
     #[test]
