@@ -50,6 +50,14 @@ impl Listener {
         Ok(listeners)
     }
 
+    /// For tests: on whichever port is free.
+    #[cfg(test)]
+    pub(super) fn on_free_port() -> Vec<Self> {
+        // The port that is free on 127.0.0.1 may be taken on ::1, by another test.
+        let found = (0..50).find_map(|_| Self::on_loopback(Direction::Outbound, 0).ok());
+        found.expect("a port that is free on both loopback addresses")
+    }
+
     fn on(direction: Direction, address: SocketAddr) -> Result<Self> {
         let socket = stream_socket(address)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
@@ -150,8 +158,8 @@ mod tests {
 
     #[test]
     fn a_taken_port_is_an_error_that_names_the_address() {
-        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let _held = Listener::on_loopback(Direction::Outbound, taken.port()).unwrap();
+        let held = Listener::on_free_port();
+        let taken = held[0].address;
         let (address, error) = Listener::on_loopback(Direction::Outbound, taken.port()).unwrap_err();
         assert_eq!((address, error), (taken, Errno::ADDRINUSE));
     }
