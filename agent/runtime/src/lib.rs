@@ -16,7 +16,9 @@ mod pidfd;
 mod process;
 
 pub use cgroup2::{Cgroup2Error, Cgroup2Mounts};
-pub use containerd::{ContainerdConfig, ContainerdSource, FirstInstructionProbe};
+pub use containerd::{
+    ContainerdConfig, ContainerdSource, FirstInstructionProbe, VersionError, containerd_version,
+};
 pub use event::{RuntimeEvent, SourceName};
 pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
 pub use process::{ProcessWorkloadError, process_workload, resolve_program};

@@ -65,6 +65,17 @@ impl Default for ContainerdConfig {
     }
 }
 
+/// Why a containerd did not tell its version.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct VersionError(client::ClientError);
+
+/// Connects and asks for the version, once: whether containerd is there and answers. For `pillion check`.
+pub async fn containerd_version(config: &ContainerdConfig) -> Result<String, VersionError> {
+    let client = client::Client::connect(config).await.map_err(VersionError)?;
+    client.version().await.map_err(VersionError)
+}
+
 /// A container: id within a containerd namespace.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Key {
