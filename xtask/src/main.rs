@@ -1,8 +1,11 @@
 //! The project's own commands: `cargo xtask setup | test | tidy`. Wires nothing of the agent; depends on none of its crates.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line program for developers")]
 
+mod metadata;
 mod setup;
 mod shell;
+mod test;
+mod tidy;
 #[path = "../../agent/redirect/build/toolchain.rs"]
 #[expect(dead_code, reason = "build.rs, which shares it, reads more fields")]
 mod toolchain;
@@ -23,11 +26,17 @@ struct Arguments {
 enum Task {
     /// Install everything that building, demo and tests need. Asks for sudo only to install packages.
     Setup,
+    /// Run all checks, unit tests and suites. Calls setup; the suites need root and ask for sudo.
+    Test(test::Options),
+    /// Check what the compiler does not: crate arrows, form of the files, the map in ARCHITECTURE.md.
+    Tidy,
 }
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Task::Setup => setup::run(),
+        Task::Test(options) => test::run(&options),
+        Task::Tidy => tidy::run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

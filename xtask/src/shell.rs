@@ -86,6 +86,15 @@ pub(crate) fn as_root(program: impl AsRef<OsStr>, environment: &[(&str, &OsStr)]
     Ok(command)
 }
 
+/// Makes sure that [`as_root`] will work, before hours of work depend on it; asks for the password now.
+pub(crate) fn authorize() -> Result<()> {
+    if is_root() {
+        return Ok(());
+    }
+    ensure!(find("sudo").is_some(), "the suites need root and there is no sudo: run this command as root");
+    run(Command::new("sudo").arg("--validate")).context("the suites need root")
+}
+
 /// Where `program` is: in `$PATH`, or in the system directories that ordinary users' `$PATH` leaves out.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();

@@ -1,4 +1,4 @@
-//! bpf-linker, compiled from crates.io and linked to the system's shared LLVM.
+//! bpf-linker, compiled and linked to the system's shared LLVM.
 //!
 //! It must bring an LLVM that is not older than that of the rustc whose bitcode it links, so it is built for exactly the
 //! major version that the chosen toolchain reports. The `-dev` package of LLVM (400 MB) is not needed: a directory with

@@ -1,0 +1,118 @@
+//! `cargo xtask test`: everything that must hold before a change lands: form, lints, unit tests, and the suites as root.
+//!
+//! Runs all of it even after a failure, and closes with one line: how many passed and failed. Nothing is skipped: what
+//! cannot be run has failed.
+
+mod suites;
+mod tally;
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail, ensure};
+use tally::Tally;
+
+use crate::{
+    metadata::{EBPF, Metadata, TESTS},
+    setup, shell, tidy,
+};
+
+/// What to test.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Run only this suite; may be given several times. Without it: all suites, unit tests and checks.
+    #[arg(long, value_name = "NAME")]
+    suite: Vec<String>,
+    /// List the suites and do nothing.
+    #[arg(long)]
+    list: bool,
+}
+
+/// An error when anything failed.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let metadata = Metadata::read()?;
+    let all = metadata.suites();
+    if options.list {
+        all.iter().for_each(|suite| println!("{suite}"));
+        return Ok(());
+    }
+    for name in &options.suite {
+        ensure!(all.contains(&name.as_str()), "there is no suite {name}; there are: {}", all.join(", "));
+    }
+    setup::run()?;
+    shell::authorize()?;
+
+    let mut tally = Tally::default();
+    if options.suite.is_empty() {
+        checks(&mut tally);
+        unit_tests(&mut tally);
+    }
+    let wanted = |suite: &str| options.suite.is_empty() || options.suite.iter().any(|name| name == suite);
+    // One selection of packages for a full run, so that nothing is compiled twice with different features.
+    let packages: &[&str] =
+        if options.suite.is_empty() { WORKSPACE } else { &["--package", "pillion", "--package", TESTS] };
+    tally.step("the suites", |tally| suites::run(packages, wanted, tally));
+
+    let (passed, failed) = tally.close();
+    println!("{passed} passed, {failed} failed");
+    if failed > 0 {
+        bail!("{failed} failed");
+    }
+    Ok(())
+}
+
+/// All crates but the one for the kernel.
+const WORKSPACE: &[&str] = &["--workspace", "--exclude", EBPF];
+
+fn checks(tally: &mut Tally) {
+    tally.check("cargo fmt", || shell::run(shell::cargo().args(["fmt", "--all", "--check"])));
+    tally.check("tidy", tidy::run);
+    tally.check("clippy", || {
+        let mut clippy = shell::cargo();
+        clippy.arg("clippy").args(WORKSPACE).args(["--locked", "--all-targets", "--", "-D", "warnings"]);
+        shell::run(&mut clippy)
+    });
+    match cargo_deny() {
+        Some(deny) => tally.check("cargo deny", || {
+            let mut command = std::process::Command::new(deny);
+            shell::run(command.current_dir(shell::checkout()).args([
+                "--log-level",
+                "error",
+                "check",
+                "--disable-fetch",
+            ]))
+        }),
+        // Not a test of this code: licences and sources change only with Cargo.lock.
+        None => println!("== cargo deny is not installed: deny.toml was not applied"),
+    }
+}
+
+fn cargo_deny() -> Option<PathBuf> {
+    shell::find("cargo-deny")
+}
+
+fn unit_tests(tally: &mut Tally) {
+    // The suites need root and the machine for themselves: they come later, one by one.
+    if shell::find("cargo-nextest").is_some() {
+        let filter = format!("not (package({TESTS}) & kind(test))");
+        let mut nextest = shell::cargo();
+        nextest.args(["nextest", "run"]).args(WORKSPACE).args(["--locked", "--no-fail-fast", "-E", &filter]);
+        tally.step("unit tests", |tally| tally.nextest(&mut nextest));
+    } else {
+        let mut test = shell::cargo();
+        test.arg("test").args(WORKSPACE).args(["--locked", "--no-fail-fast", "--lib", "--bins"]);
+        tally.step("unit tests", |tally| tally.libtest(&mut test));
+        let mut test = shell::cargo();
+        test.arg("test").args(WORKSPACE).args([
+            "--exclude",
+            TESTS,
+            "--locked",
+            "--no-fail-fast",
+            "--test",
+            "*",
+        ]);
+        tally.step("integration tests", |tally| tally.libtest(&mut test));
+    }
+    let mut doc = shell::cargo();
+    doc.arg("test").args(WORKSPACE).args(["--locked", "--no-fail-fast", "--doc"]);
+    tally.step("tests in documentation", |tally| tally.libtest(&mut doc));
+}
