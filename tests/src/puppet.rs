@@ -4,6 +4,7 @@
 //! ([`Puppet::start`]) or under any command that passes stdin and stdout through, such as `pillion run -- pillion-puppet`
 //! ([`Puppet::under`]). Requests and replies are lines of JSON, one reply to each request; see [`protocol`].
 
+pub mod flood;
 pub mod protocol;
 pub mod stage;
 
@@ -20,7 +21,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 
 use crate::{CgroupGuard, NetNs, process::MARK, programs, wait_until};
-pub use protocol::{Domain, Exchanged, Names, Outcome, Request, Socket, Value};
+pub use protocol::{Audited, Domain, Exchanged, Flooded, Names, Outcome, Request, Socket, Value};
 
 /// A reply takes at most this long: the puppet's own waits are shorter, but for [`Request::Exchange`].
 const REPLY: Duration = Duration::from_secs(120);
@@ -194,6 +195,17 @@ calls! {
     /// in both directions and ended by half-close.
     exchange(address: SocketAddr, connections: u32, bytes: u32) -> Exchanged(Exchanged) =
         Request::Exchange { address, connections, bytes };
+    /// `connect` with `AF_UNSPEC`, which dissolves the connection.
+    disconnect(socket: Socket) -> Unit(()) = Request::Disconnect { socket };
+    /// So many connections, each to another destination, written to and closed at once.
+    flood(connections: u32, threads: u32) -> Flooded(Flooded) = Request::Flood { connections, threads };
+    /// Begins to accept on `address` in the background and to compare original destinations; see [`flood`].
+    audit(address: SocketAddr, threads: u32, batch: u32, stall_ms: u32, asks: bool) -> Address(SocketAddr) =
+        Request::Audit { address, threads, batch, stall_ms, asks };
+    /// What the audit has seen so far.
+    audit_seen() -> Audited(Audited) = Request::AuditSeen;
+    /// Ends the audit, and its listener.
+    audit_stop() -> Audited(Audited) = Request::AuditStop;
 }
 
 impl Puppet {

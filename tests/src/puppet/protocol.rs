@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::flood::{Audited, Flooded};
+
 /// A number that the puppet gave to one of its sockets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Socket(pub u32);
@@ -49,6 +51,11 @@ pub enum Request {
     Close { socket: Socket },
     Reset { socket: Socket },
     Exchange { address: SocketAddr, connections: u32, bytes: u32 },
+    Disconnect { socket: Socket },
+    Flood { connections: u32, threads: u32 },
+    Audit { address: SocketAddr, threads: u32, batch: u32, stall_ms: u32, asks: bool },
+    AuditSeen,
+    AuditStop,
 }
 
 /// The reply to a request.
@@ -70,6 +77,8 @@ pub enum Value {
     Text(String),
     Names(Names),
     Exchanged(Exchanged),
+    Flooded(Flooded),
+    Audited(Audited),
 }
 
 /// Both ends of a connection, as the application is told.

@@ -15,7 +15,10 @@ use rustix::{
     net::{AddressFamily, SendFlags, SocketType, sockopt, sockopt::Timeout},
 };
 
-use super::protocol::{Domain, Exchanged, Names, Outcome, Request, Socket, Value};
+use super::{
+    flood::{self, Audit},
+    protocol::{Domain, Exchanged, Names, Outcome, Request, Socket, Value},
+};
 
 /// Every single wait of a socket call.
 const WAIT: Duration = Duration::from_secs(10);
@@ -48,6 +51,7 @@ pub fn main() -> io::Result<()> {
 struct Stage {
     sockets: BTreeMap<Socket, OwnedFd>,
     last: u32,
+    audit: Option<Audit>,
 }
 
 impl Stage {
@@ -106,6 +110,24 @@ impl Stage {
             Request::Close { socket } => drop(self.take(socket)?),
             Request::Reset { socket } => {
                 sockopt::set_socket_linger(self.take(socket)?, Some(Duration::ZERO))?;
+            }
+            Request::Disconnect { socket } => rustix::net::connect_unspec(self.get(socket)?)?,
+            Request::Flood { connections, threads } => {
+                return Ok(Value::Flooded(flood::flood(connections, threads)?));
+            }
+            Request::Audit { address, threads, batch, stall_ms, asks } => {
+                let stall = Duration::from_millis(stall_ms.into());
+                let (audit, address) = Audit::start(address, threads, batch as usize, stall, asks)?;
+                self.audit = Some(audit);
+                return Ok(Value::Address(address));
+            }
+            Request::AuditSeen => {
+                let audit = self.audit.as_ref().ok_or(rustix::io::Errno::NOENT)?;
+                return Ok(Value::Audited(audit.seen()));
+            }
+            Request::AuditStop => {
+                let audit = self.audit.take().ok_or(rustix::io::Errno::NOENT)?;
+                return Ok(Value::Audited(audit.stop()));
             }
             Request::Exchange { address, connections, bytes } => {
                 return Ok(Value::Exchanged(exchange(address, connections, bytes)));
