@@ -38,7 +38,7 @@ impl fmt::Display for SourceName {
 ///   [`Instance`](pillion_workload::Instance).
 ///
 /// [`FirstInstruction`] here says what was true when the source looked: `Before` means that the workload had not begun
-/// *then*. Whether an attach was complete in time is answered by
+/// *then*, `After` is final, and `Unknown` is usual for a container that is being started right now. Whether an attach was complete in time is answered by
 /// [`FirstInstructionProbe`](crate::FirstInstructionProbe) afterwards.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]

@@ -252,6 +252,19 @@ mod tests {
         );
     }
 
+    #[tokio::test]
+    async fn lost_events_mean_to_look_at_everything() {
+        let (sender, queue) = mpsc::channel(1);
+        let reader = tokio::spawn(async {}).abort_handle();
+        let mut events = Events { queue, lost: Arc::new(AtomicBool::new(true)), reader };
+        let look = Signal::Look(Key::new("default", "c1"));
+        sender.send(Ok(look.clone())).await.expect("has room");
+        assert_eq!(events.next().await.expect("no error"), Signal::Resync);
+        assert_eq!(events.next().await.expect("no error"), look);
+        drop(sender);
+        assert!(matches!(events.next().await, Err(ClientError::EventsEnded)));
+    }
+
     proptest! {
         #[test]
         fn arbitrary_events_never_panic(topic in 0..TOPICS.len(), kind in 0..4_usize, value: Vec<u8>) {

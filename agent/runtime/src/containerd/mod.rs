@@ -8,6 +8,8 @@
 //! 2. Take a snapshot: namespaces, then tasks, then containers of each.
 //! 3. An event says only *which* container to look at again; what is reported comes from looking. So events may be
 //!    late, doubled or in any order, and one that belongs to an earlier container of the same name does no harm.
+//!    One exception: a create event tells the first process's pid, and a container whose record and process agree with
+//!    it is told at once, because the question about its task would wait until its start is over.
 //! 4. Exits of first processes are also seen by pidfd, with containerd or without.
 //!
 //! What is a workload: every task that is created, running or paused, except Kubernetes' sandboxes

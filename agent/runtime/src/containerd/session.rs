@@ -55,15 +55,13 @@ pub(super) async fn run(
         Ok(opened) => opened,
         Err(error) => return Ok(Ended { error, was_up: false }),
     };
-    let known = tracker.ids();
-    match tracker.during(Box::pin(look.at_all(known))).await? {
-        Ok(seen) => {
-            tracker.snapshot(vec![RuntimeEvent::Up { source: SourceName::CONTAINERD }], seen).await?;
-        }
+    let up = RuntimeEvent::Up { source: SourceName::CONTAINERD };
+    let work = match snapshot(&look, tracker, vec![up]).await? {
+        Ok(work) => work,
         Err(error) => return Ok(Ended { error: error.into(), was_up: false }),
-    }
+    };
     current.send_replace(Some(client.clone()));
-    let error = follow(config, &client, &look, &mut events, tracker).await?.into();
+    let error = follow(config, &client, &look, &mut events, work, tracker).await?.into();
     Ok(Ended { error, was_up: true })
 }
 
@@ -72,6 +70,27 @@ async fn open(config: &ContainerdConfig) -> Result<(Client, Look, Events), Sessi
     let look = Look::new(client.clone(), Cgroup2Mounts::discover()?);
     let events = Events::subscribe(&client).await?;
     Ok((client, look, events))
+}
+
+/// Looks at everything and tells it. What could not be seen is the work that is left.
+async fn snapshot(
+    look: &Look,
+    tracker: &mut Tracker,
+    opening: Vec<RuntimeEvent>,
+) -> Result<Result<Work, ClientError>, Closed> {
+    let known = tracker.ids();
+    let seen = match tracker.during(Box::pin(look.at_all(known))).await? {
+        Ok(seen) => seen,
+        Err(error) => return Ok(Err(error)),
+    };
+    let mut work = Work::default();
+    for (id, seen) in &seen {
+        if let (Observation::Unclear, Some(key)) = (seen, Key::of(id)) {
+            work.done(key, false);
+        }
+    }
+    tracker.snapshot(opening, seen).await?;
+    Ok(Ok(work))
 }
 
 enum Done {
@@ -86,9 +105,9 @@ async fn follow(
     client: &Client,
     look: &Look,
     events: &mut Events,
+    mut work: Work,
     tracker: &mut Tracker,
 ) -> Result<ClientError, Closed> {
-    let mut work = Work::default();
     let mut asked: FuturesUnordered<BoxFuture<'_, Done>> = FuturesUnordered::new();
     let mut health = interval(config.health_interval);
     health.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -122,30 +141,29 @@ async fn follow(
                 // Answers to older questions must not follow the snapshot.
                 asked.clear();
                 asking_health = false;
-                work = Work::default();
-                let known = tracker.ids();
-                match tracker.during(Box::pin(look.at_all(known))).await? {
-                    Ok(seen) => tracker.snapshot(Vec::new(), seen).await?,
+                work = match snapshot(look, tracker, Vec::new()).await? {
+                    Ok(work) => work,
                     Err(error) => return Ok(error),
-                }
+                };
             }
             // Without a glimpse the look, which follows in any case, tells.
             Next::Done(Done::Glimpsed(key, Ok(Some(seen)))) => tracker.discover(&key, seen).await?,
             Next::Done(Done::Glimpsed(_, Ok(None) | Err(_))) => {}
             Next::Done(Done::Looked(key, seen)) => {
-                if seen.is_err() {
-                    // A shim that hangs, or containerd itself? Ask at once.
-                    health.reset_immediately();
+                if seen.is_err() && !asking_health {
+                    // A shim that hangs, or containerd itself? Ask at once; the look is tried again at the next tick.
+                    asking_health = true;
+                    asked.push(Box::pin(answers(client)));
                 }
                 take(&key, seen, &mut work, tracker).await?;
             }
             Next::Done(Done::Answered(Ok(_))) => asking_health = false,
             Next::Signal(Err(error)) | Next::Done(Done::Answered(Err(error))) => return Ok(error),
-            Next::Health if asking_health => {}
+            Next::Health if asking_health => work.retry(),
             Next::Health => {
-                asking_health = true;
                 work.retry();
-                asked.push(Box::pin(async { Done::Answered(client.version().await) }));
+                asking_health = true;
+                asked.push(Box::pin(answers(client)));
             }
         }
     }
@@ -155,6 +173,10 @@ enum Next {
     Signal(Result<Signal, ClientError>),
     Done(Done),
     Health,
+}
+
+async fn answers(client: &Client) -> Done {
+    Done::Answered(client.version().await)
 }
 
 async fn take(
