@@ -11,7 +11,6 @@ use crate::shell;
 #[derive(Deserialize)]
 pub(crate) struct Metadata {
     pub(crate) packages: Vec<Package>,
-    pub(crate) target_directory: PathBuf,
 }
 
 #[derive(Deserialize)]

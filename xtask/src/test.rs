@@ -32,7 +32,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let metadata = Metadata::read()?;
     let all = metadata.suites();
     if options.list {
-        all.iter().for_each(|suite| println!("{suite}"));
+        for suite in all {
+            println!("{suite}");
+        }
         return Ok(());
     }
     for name in &options.suite {

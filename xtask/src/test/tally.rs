@@ -60,7 +60,7 @@ impl Tally {
         &mut self,
         command: &mut Command,
         stream: impl FnOnce(&mut std::process::Child) -> Option<Reader>,
-        parse: impl Fn(&str) -> Option<(u32, u32)>,
+        parse: Parse,
     ) -> Result<()> {
         let what = shell::show(command);
         let mut child = command.stdin(Stdio::null()).spawn().with_context(|| format!("cannot run {what}"))?;
@@ -96,6 +96,8 @@ impl Tally {
 }
 
 type Reader = Box<dyn Read>;
+/// How many a line says that passed and failed; nothing when it is no closing line.
+type Parse = fn(&str) -> Option<(u32, u32)>;
 
 /// `test result: ok. 3 passed; 1 failed; 0 ignored; …`: an ignored test is one that did not run, so it failed.
 fn libtest_line(line: &str) -> Option<(u32, u32)> {
@@ -122,7 +124,7 @@ mod tests {
 
     #[test]
     fn closing_lines_are_counted() {
-        let cases: [(fn(&str) -> Option<(u32, u32)>, &str, Option<(u32, u32)>); 7] = [
+        let cases: [(Parse, &str, Option<(u32, u32)>); 7] = [
             (
                 libtest_line,
                 "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out; finished in 0.00s",
