@@ -13,7 +13,7 @@ use pillion_workload::{
 };
 
 use crate::{
-    fault::{any_of, quoted},
+    fault::quoted,
     quantity,
     reader::{At, Fields, found, integer, list, nearest, port, text, texts},
     source::Report,
@@ -307,7 +307,7 @@ fn readiness(
     let present = fields.present(&kinds);
     if present.len() > 1 {
         let at = fields.key(present[1]).map_or(fields.at(), |key| &key.at).clone();
-        report.fault(&at, format!("{what} has more than one of {}", any_of(&present)), "keep one of them");
+        report.fault(&at, format!("{what} has more than one probe"), "keep one of them");
     }
     for kind in present {
         let Some(node) = fields.get(kind) else { continue };

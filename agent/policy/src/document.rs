@@ -49,8 +49,21 @@ pub(crate) fn read(node: &Node, alone: bool, report: &mut Report<'_>) -> Documen
     }
     let known = ["apiVersion", "kind", "metadata", "spec"];
     let Some(fields) = Fields::open(node, "", &known, &[], report) else { return nothing };
-    header(&fields, alone, report);
-    let name = name(&fields, alone, report);
+    let bare = fields.present(&["apiVersion", "kind", "metadata"]).is_empty();
+    let name = if bare && !alone {
+        report.fault(
+            fields.at(),
+            "`apiVersion`, `kind` and `metadata` are missing",
+            format!(
+                "add apiVersion: {API_VERSION}, kind: {KIND} and metadata: {{ name: … }}; only in a file with a single \
+                 document they may be left out"
+            ),
+        );
+        None
+    } else {
+        header(&fields, alone, report);
+        name(&fields, alone, report)
+    };
     let spec = fields.need("spec", "spec: { select: …, companions: … }", report);
     let draft = spec.and_then(|node| spec_of(node, name.as_ref(), report));
     let policy = draft.filter(|_| report.faults.len() == before);

@@ -168,8 +168,8 @@ fn repeated(key: &Key, name: &str, first: &Range<usize>, report: &mut Report<'_>
 fn unnamed(key: &Key, report: &mut Report<'_>) {
     report.fault(
         &key.at,
-        "a field's name must be text",
-        "write `name: value`; a value that begins with `{` or `[` but is text must be put in quotes",
+        "a field's name must be a text",
+        "write `name: value`; put a name that is a number or begins with `{` or `[` in quotes",
     );
 }
 
@@ -211,9 +211,10 @@ pub(crate) fn text(node: &Node, what: &str, report: &mut Report<'_>) -> Option<A
         Value::Text(value) => Some(At { at: node.at.clone(), value: value.clone() }),
         Value::Null | Value::Bool(_) | Value::Int(_) | Value::Float(_) | Value::List(_) | Value::Map(_) => {
             let cure = match &node.value {
-                Value::Bool(_) | Value::Int(_) | Value::Float(_) => {
-                    format!("put it in quotes: \"{}\"", report.written(&node.at))
-                }
+                Value::Bool(_) | Value::Int(_) | Value::Float(_) => match report.written(&node.at) {
+                    alias if alias.starts_with('*') => "put it in quotes where its anchor is".to_owned(),
+                    written => format!("put it in quotes: \"{written}\""),
+                },
                 Value::Map(_) if written_as_template(node, report) => {
                     "put it in quotes: \"{{ … }}\"; without them it is a mapping to YAML".to_owned()
                 }

@@ -49,7 +49,7 @@ pub(crate) enum Value {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Key {
     pub(crate) at: Range<usize>,
-    /// Absent for a key that is a collection or null.
+    /// Absent for a key that is not a text.
     pub(crate) text: Option<String>,
 }
 
@@ -175,10 +175,13 @@ impl<'de> Deserialize<'de> for Key {
         let spanned = Spanned::<Value>::deserialize(deserializer)?;
         let text = match spanned.value {
             Value::Text(text) => Some(text),
-            Value::Int(number) => Some(number.to_string()),
-            Value::Float(number) => Some(number.to_string()),
-            Value::Bool(value) => Some(value.to_string()),
-            Value::Null | Value::List(_) | Value::Map(_) => None,
+            // What a number was written like is lost: `1.10` is no name until it is in quotes.
+            Value::Null
+            | Value::Bool(_)
+            | Value::Int(_)
+            | Value::Float(_)
+            | Value::List(_)
+            | Value::Map(_) => None,
         };
         Ok(Self { at: bytes(spanned.referenced), text })
     }
