@@ -1,0 +1,437 @@
+//! The command line: what can be typed, and what `--help` says about it.
+//!
+//! Owns names, defaults and help texts. Never does anything: `main` hands the parsed arguments on.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+use pillion_workload::{RuntimeKind, WorkloadId};
+
+use crate::{
+    config::{AgentConfig, OrNone, Paths, RunConfig},
+    render::Format,
+};
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0  ok
+  1  failure
+  2  wrong usage
+  3  a policy is invalid
+  4  the agent cannot be reached
+  5  degraded: it works, but not all of it (status, check)
+
+Data goes to stdout, everything else to stderr.
+
+Examples:
+  pillion check                                     can this machine do it?
+  pillion validate /etc/pillion/policy.d            are the policies right?
+  pillion run --policy relay.yaml -- curl http://192.0.2.1/
+  pillion agent                                     run the agent in the foreground
+  pillion list -o wide                              what is attached to what?";
+
+const AGENT_HELP: &str = "\
+SIGHUP reloads the policies (they are also reloaded when a file changes). SIGTERM stops the agent and leaves
+companions and redirection in force: the next agent takes them over. `pillion cleanup` takes them away.
+
+Examples:
+  pillion agent
+  pillion agent --log-format json --log-level info,pillion_redirect=debug
+  pillion agent --policy-dir ./policies --run-dir /tmp/p/run --state-dir /tmp/p/state --http-addr none";
+
+const RUN_HELP: &str = "\
+The command starts only when its companions are ready and redirection is in force; when that fails, `onFailure: open`
+starts it bare and `closed` does not start it. Signals are passed on, the exit code is the command's (128 + the signal's
+number when one killed it), and everything is taken away at its end. The relay's records go to stderr as JSON lines.
+
+Examples:
+  pillion run --policy relay.yaml -- curl http://192.0.2.1/
+  pillion run --policy relay.yaml --netns new --label app=api -- ./server --port 8080";
+
+/// Attaches companion processes (sidecars) to running workloads: no restart, no change to the workload.
+#[derive(Debug, Parser)]
+#[command(name = "pillion", version, after_help = AFTER_HELP, propagate_version = true, max_term_width = 100)]
+#[command(disable_help_subcommand = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the agent in the foreground
+    #[command(after_help = AGENT_HELP)]
+    Agent(Box<AgentConfig>),
+    /// Run one command with its companions, without an agent
+    #[command(after_help = RUN_HELP)]
+    Run(Box<RunConfig>),
+    /// Check policy files and show every fault
+    Validate(ValidateArgs),
+    /// Tell which policy matches a workload, and why
+    Explain(ExplainArgs),
+    /// Show the agent's state: sources, policies, attachments
+    Status(StatusArgs),
+    /// List the workloads that the agent knows
+    #[command(visible_alias = "ls")]
+    List(ListArgs),
+    /// Show everything known about one workload
+    Describe(DescribeArgs),
+    /// Attach a workload now, as its policy says
+    Attach(AttachArgs),
+    /// Detach a workload and leave it alone until `pillion attach`
+    Detach(DetachArgs),
+    /// Show what happened, and with -f what happens
+    Events(EventsArgs),
+    /// Tell whether this machine can run Pillion: each shortcoming with cause and cure
+    Check(CheckArgs),
+    /// Remove everything of Pillion from this machine, and prove it
+    Cleanup(CleanupArgs),
+    /// Print the completion script for a shell
+    Completion(CompletionArgs),
+    /// Print the version of this program and of the running agent
+    Version(VersionArgs),
+}
+
+/// How to reach the agent.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Reach {
+    /// The agent's run directory; its admin socket is DIR/admin.sock
+    #[arg(long, env = "PILLION_RUN_DIR", value_name = "DIR", default_value = "/run/pillion", help_heading = "Agent")]
+    pub(crate) run_dir: PathBuf,
+    /// Give up when the agent is silent for this long
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration, help_heading = "Agent")]
+    pub(crate) timeout: Duration,
+}
+
+/// How to print.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Output {
+    /// How to print the result
+    #[arg(short = 'o', long = "output", value_name = "FORMAT", value_enum, default_value_t = Format::Table)]
+    pub(crate) format: Format,
+}
+
+/// `key=value`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Label {
+    /// Before the first `=`.
+    pub(crate) key: String,
+    /// After it; may be empty.
+    pub(crate) value: String,
+}
+
+/// Arguments of `pillion validate`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+All files are checked together, as the agent would load them: two files that define the same policy are a fault.
+Every fault of every file is shown in one go, with file, line and column. Exit code 3 when there is one.
+
+Examples:
+  pillion validate /etc/pillion/policy.d
+  pillion validate a.yaml b.yaml
+  generate-policies | pillion validate -
+  pillion validate -o json policies/ | jq '.faults[].message'")]
+pub(crate) struct ValidateArgs {
+    /// Policy file, directory of *.yaml and *.yml files, or - for stdin
+    #[arg(required = true, value_name = "FILE|DIR")]
+    pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion explain`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+For each policy it shows which field of `select` matched and which did not, what the field wanted and what the workload
+has; then the plan of the policy that wins. Exit code 0 whether or not a policy matches: -o json has the answer in
+`.plan`, which is null when none does.
+
+A described workload (--subject) is YAML or JSON:
+  runtime: containerd
+  name: web
+  namespace: default
+  labels: { app: api }
+  image: docker.io/library/nginx:1.27
+
+Examples:
+  pillion explain containerd/default/web
+  pillion explain --policy p.yaml --subject workload.yaml
+  pillion explain --policy p.yaml --runtime process --name curl --executable /usr/bin/curl")]
+pub(crate) struct ExplainArgs {
+    /// A workload that the running agent knows, as `pillion list` names it
+    #[arg(value_name = "WORKLOAD", conflicts_with_all = ["policies", "subject", "runtime", "name", "namespace", "labels", "image", "unit", "executable"])]
+    pub(crate) workload: Option<WorkloadId>,
+    /// Policy file or directory; may be given more than once [default: /etc/pillion/policy.d]
+    #[arg(long = "policy", value_name = "FILE")]
+    pub(crate) policies: Vec<PathBuf>,
+    /// Description of the workload, YAML or JSON; - for stdin
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["runtime", "name", "namespace", "labels", "image", "unit", "executable"])]
+    pub(crate) subject: Option<PathBuf>,
+    /// Describe the workload here: its runtime (process or containerd)
+    #[arg(long, value_name = "RUNTIME", help_heading = "Description", required_unless_present_any = ["workload", "subject"])]
+    pub(crate) runtime: Option<RuntimeKind>,
+    /// Its name
+    #[arg(long, value_name = "NAME", help_heading = "Description", required_unless_present_any = ["workload", "subject"])]
+    pub(crate) name: Option<String>,
+    /// Its namespace
+    #[arg(long, value_name = "NAMESPACE", help_heading = "Description")]
+    pub(crate) namespace: Option<String>,
+    /// A label of it; may be given more than once
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label, help_heading = "Description")]
+    pub(crate) labels: Vec<Label>,
+    /// Its image
+    #[arg(long, value_name = "IMAGE", help_heading = "Description")]
+    pub(crate) image: Option<String>,
+    /// Its systemd unit
+    #[arg(long, value_name = "UNIT", help_heading = "Description")]
+    pub(crate) unit: Option<String>,
+    /// Its program, an absolute path
+    #[arg(long, value_name = "PATH", help_heading = "Description")]
+    pub(crate) executable: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion status`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Exit code 5 when something is amiss: a source is down, the last reload of the policies failed, or an attachment failed.
+
+Examples:
+  pillion status
+  pillion status -o json | jq .policy")]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion list`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Examples:
+  pillion list
+  pillion list -o wide
+  pillion list -o name | xargs -n1 pillion describe")]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion describe`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Example:
+  pillion describe containerd/default/web")]
+pub(crate) struct DescribeArgs {
+    /// The workload, as `pillion list` names it
+    #[arg(value_name = "WORKLOAD")]
+    pub(crate) workload: WorkloadId,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion attach`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Undoes an earlier `pillion detach`, and tries again at once where an attachment failed. A workload that no policy
+matches cannot be attached: see `pillion explain WORKLOAD`.
+
+Examples:
+  pillion attach containerd/default/web
+  pillion attach --wait 1m containerd/default/web")]
+pub(crate) struct AttachArgs {
+    /// The workload, as `pillion list` names it
+    #[arg(value_name = "WORKLOAD")]
+    pub(crate) workload: WorkloadId,
+    /// Wait this long for the outcome; the work goes on afterwards
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = wait)]
+    pub(crate) wait: Duration,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion detach`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+New connections of the workload go straight to where they are meant. Connections that exist are cut when their companion
+stops. The workload is left alone until `pillion attach`, also across restarts of the agent.
+
+Example:
+  pillion detach containerd/default/web")]
+pub(crate) struct DetachArgs {
+    /// The workload, as `pillion list` names it
+    #[arg(value_name = "WORKLOAD")]
+    pub(crate) workload: WorkloadId,
+    /// Wait this long for the outcome; the work goes on afterwards
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = wait)]
+    pub(crate) wait: Duration,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion events`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+The agent keeps the latest events since its start. With -o json each event is one line.
+
+Examples:
+  pillion events
+  pillion events -f -o json")]
+pub(crate) struct EventsArgs {
+    /// Go on with new events until interrupted
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion check`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Kernel features are tried out, not guessed from the version; nothing is changed and nothing is left behind.
+Exit code 0 when all is well, 5 when Pillion works but something does not (warn), 1 when it cannot work (fail).
+
+Examples:
+  sudo pillion check
+  pillion check -o json | jq '.checks[] | select(.verdict != \"ok\")'")]
+pub(crate) struct CheckArgs {
+    /// Directory of the policy files
+    #[arg(long, value_name = "DIR", env = "PILLION_POLICY_DIR", default_value = "/etc/pillion/policy.d")]
+    pub(crate) policy_dir: PathBuf,
+    /// containerd's socket, or 'none' where there is no containerd
+    #[arg(long, env = "PILLION_CONTAINERD_SOCKET", value_name = "PATH", default_value = "/run/containerd/containerd.sock")]
+    pub(crate) containerd_socket: OrNone<PathBuf>,
+    #[command(flatten)]
+    pub(crate) paths: Paths,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion cleanup`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Removes eBPF links, programs and maps, companions, cgroups, mounts, sockets and files; workloads run on without
+companions, and connections through a companion are cut. Works without an agent, a journal, or anything intact: it goes by
+what is there. Policy files are yours and stay. Refuses while an agent runs: stop that first.
+Exit code 1 when anything remains.
+
+Examples:
+  pillion cleanup --dry-run
+  pillion cleanup --yes
+  pillion cleanup --yes -o json | jq .remaining")]
+pub(crate) struct CleanupArgs {
+    /// Only show what would be removed
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    #[command(flatten)]
+    pub(crate) paths: Paths,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion completion`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Examples:
+  pillion completion bash > /etc/bash_completion.d/pillion
+  pillion completion zsh > \"${fpath[1]}/_pillion\"
+  pillion completion fish > ~/.config/fish/completions/pillion.fish")]
+pub(crate) struct CompletionArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// Arguments of `pillion version`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct VersionArgs {
+    /// Do not ask the agent
+    #[arg(long)]
+    pub(crate) client: bool,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let parsed = humantime::parse_duration(text).map_err(|error| format!("{error}; write it like 10s or 1m30s"))?;
+    if parsed.is_zero() { Err("must be more than 0".to_owned()) } else { Ok(parsed) }
+}
+
+/// The agent waits for 5 minutes at most, and in whole seconds.
+fn wait(text: &str) -> Result<Duration, String> {
+    let wait = duration(text)?;
+    if wait < Duration::from_secs(1) || wait > Duration::from_secs(300) {
+        return Err("must be between 1s and 5m".to_owned());
+    }
+    Ok(wait)
+}
+
+fn label(text: &str) -> Result<Label, String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok(Label { key: key.to_owned(), value: value.to_owned() }),
+        _ => Err("write it as key=value".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn labels_need_a_key() {
+        assert_eq!(label("a=b=c"), Ok(Label { key: "a".into(), value: "b=c".into() }));
+        assert_eq!(label("a="), Ok(Label { key: "a".into(), value: String::new() }));
+        assert!(label("=b").is_err() && label("a").is_err());
+    }
+
+    #[test]
+    fn a_deadline_is_never_zero() {
+        assert_eq!(duration("1m30s"), Ok(Duration::from_secs(90)));
+        assert!(duration("0s").is_err() && duration("10").is_err());
+        assert!(wait("1s").is_ok() && wait("5m").is_ok() && wait("301s").is_err() && wait("1ms").is_err());
+    }
+
+    #[test]
+    fn a_described_workload_needs_runtime_and_name() {
+        let parse = |args: &[&str]| Cli::try_parse_from([&["pillion", "explain"], args].concat());
+        for (args, good) in [
+            (&["process/x"][..], true),
+            (&["--subject", "-"][..], true),
+            (&["--runtime", "process", "--name", "x", "--policy", "p"][..], true),
+            (&["--runtime", "process"][..], false),
+            (&[][..], false),
+            (&["process/x", "--subject", "-"][..], false),
+            (&["--subject", "-", "--name", "x"][..], false),
+        ] {
+            assert_eq!(parse(args).is_ok(), good, "{args:?}");
+        }
+    }
+}

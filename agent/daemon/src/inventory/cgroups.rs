@@ -1,0 +1,136 @@
+//! Cgroups below `pillion.slice` in every hierarchy, and the processes in them.
+//!
+//! The slice is shared by all instances on a machine. The directory below it is one workload's, `pillion.slice/<id>`;
+//! it is of the instance in whose state directory that workload has files, or whose files its processes have open.
+//! The instance with the usual state directory owns all that nobody else claims, so that nothing is left for ever.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use pillion_companion::cgroup::SLICE;
+use procfs::process::MountInfo;
+
+use super::{Inventory, InventoryError, Kind, item};
+use crate::config::Paths;
+
+/// Where `config` puts it by default.
+const USUAL_STATE_DIR: &str = "/var/lib/pillion";
+/// Deeper trees do not exist: the kernel's default limit is far above, our own trees have four levels.
+const DEEPEST: usize = 32;
+
+/// The cgroups of one workload, in all hierarchies.
+#[derive(Debug, Default)]
+pub(crate) struct Group {
+    /// Directories, contents before their parent.
+    pub(crate) directories: Vec<PathBuf>,
+    /// Processes, with their names.
+    pub(crate) processes: BTreeMap<i32, String>,
+}
+
+/// Adds cgroups and processes to `inventory`.
+pub(super) fn take(
+    paths: &Paths,
+    mounts: &[MountInfo],
+    inventory: &mut Inventory,
+) -> Result<(), InventoryError> {
+    let mut nobodys = true;
+    for (name, group) in groups(mounts)? {
+        let ours = is_ours(&name, &group, paths);
+        nobodys &= ours;
+        let list = if ours { &mut inventory.ours } else { &mut inventory.elsewhere };
+        list.extend(group.directories.iter().map(|path| item(Kind::Cgroup, path.display(), None)));
+        list.extend(group.processes.into_iter().map(|(pid, name)| item(Kind::Process, pid, Some(name))));
+    }
+    if nobodys {
+        inventory.ours.extend(slices(mounts).map(|path| item(Kind::Cgroup, path.display(), None)));
+    }
+    Ok(())
+}
+
+/// The cgroups of this instance, by workload.
+pub(crate) fn ours(paths: &Paths, mounts: &[MountInfo]) -> Result<BTreeMap<String, Group>, InventoryError> {
+    let mut groups = groups(mounts)?;
+    groups.retain(|name, group| is_ours(name, group, paths));
+    Ok(groups)
+}
+
+/// The slice's directories that exist, one a hierarchy.
+pub(crate) fn slices(mounts: &[MountInfo]) -> impl Iterator<Item = PathBuf> {
+    mounts
+        .iter()
+        .filter(|mount| matches!(mount.fs_type.as_str(), "cgroup" | "cgroup2"))
+        .map(|mount| mount.mount_point.join(SLICE))
+        .filter(|path| path.is_dir())
+}
+
+fn groups(mounts: &[MountInfo]) -> Result<BTreeMap<String, Group>, InventoryError> {
+    let mut groups: BTreeMap<String, Group> = BTreeMap::new();
+    for slice in slices(mounts) {
+        for directory in directories(&slice).map_err(InventoryError::at("cgroups in", &slice))? {
+            let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let group = groups.entry(name).or_default();
+            walk(&directory, DEEPEST, group).map_err(InventoryError::at("cgroups in", &directory))?;
+        }
+    }
+    Ok(groups)
+}
+
+fn walk(directory: &Path, depth: usize, group: &mut Group) -> io::Result<()> {
+    if depth > 0 {
+        for child in directories(directory)? {
+            walk(&child, depth - 1, group)?;
+        }
+    }
+    for pid in processes(directory) {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        group.processes.insert(pid, name.trim_end().to_owned());
+    }
+    group.directories.push(directory.to_owned());
+    Ok(())
+}
+
+/// The processes of one cgroup; none when it has just gone. 0 stands for those of other PID namespaces: not ours.
+pub(crate) fn processes(directory: &Path) -> Vec<i32> {
+    let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    text.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid > 0).collect()
+}
+
+fn directories(parent: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let entries = match fs::read_dir(parent) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn is_ours(name: &str, group: &Group, paths: &Paths) -> bool {
+    if paths.state_dir == Path::new(USUAL_STATE_DIR) {
+        return true;
+    }
+    has_files(name, paths) || group.processes.keys().any(|&pid| writes_below(pid, &paths.state_dir))
+}
+
+fn has_files(name: &str, paths: &Paths) -> bool {
+    let of_runs = directories(&paths.runs()).unwrap_or_default();
+    let homes = of_runs.into_iter().map(|run| run.join("companions")).chain([paths.companions()]);
+    homes.into_iter().any(|home| home.join(name).is_dir())
+}
+
+/// Companions write their output to files in the state directory. The link's text keeps the path of a removed file.
+fn writes_below(pid: i32, directory: &Path) -> bool {
+    [1, 2].iter().any(|descriptor| {
+        fs::read_link(format!("/proc/{pid}/fd/{descriptor}")).is_ok_and(|target| target.starts_with(directory))
+    })
+}

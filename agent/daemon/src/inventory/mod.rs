@@ -1,0 +1,217 @@
+//! What of Pillion is on this machine, found by looking at the machine and not at any record of it.
+//!
+//! Owns the looking: eBPF objects, pins, cgroups, processes, mounts, sockets and files. Never changes anything; that is
+//! `cleanup`'s part. Finds leftovers also when the journal is lost.
+
+pub(crate) mod cgroups;
+pub(crate) mod files;
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs, io,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg, OFlag},
+};
+use procfs::process::{MountInfo, Process};
+use serde::{Serialize, Serializer};
+
+use crate::config::Paths;
+
+/// Kinds of things, in the order in which they are shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Kind {
+    /// A file below the pin root.
+    Pin,
+    /// An eBPF link.
+    Link,
+    /// An eBPF program.
+    Program,
+    /// An eBPF map.
+    Map,
+    /// A process in one of our cgroups.
+    Process,
+    /// A cgroup directory, in any hierarchy.
+    Cgroup,
+    /// Something mounted at or below one of our directories.
+    Mount,
+    /// A Unix socket.
+    Socket,
+    /// A file or directory.
+    File,
+}
+
+impl Kind {
+    /// All kinds.
+    pub(crate) const ALL: [Self; 9] = [
+        Self::Pin,
+        Self::Link,
+        Self::Program,
+        Self::Map,
+        Self::Process,
+        Self::Cgroup,
+        Self::Mount,
+        Self::Socket,
+        Self::File,
+    ];
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Pin => "pin",
+            Self::Link => "link",
+            Self::Program => "program",
+            Self::Map => "map",
+            Self::Process => "process",
+            Self::Cgroup => "cgroup",
+            Self::Mount => "mount",
+            Self::Socket => "socket",
+            Self::File => "file",
+        })
+    }
+}
+
+/// One thing.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub(crate) struct Item {
+    /// What it is.
+    pub(crate) kind: Kind,
+    /// Its path, or its number and name.
+    pub(crate) name: String,
+    /// More, for those who look closer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) detail: Option<String>,
+}
+
+/// Everything that was found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Inventory {
+    /// This instance's, sorted.
+    pub(crate) ours: Vec<Item>,
+    /// Of Pillion, but another instance's: in use by a live process or pinned elsewhere.
+    pub(crate) elsewhere: Vec<Item>,
+    /// In our directories, but not of Pillion.
+    pub(crate) strange: Vec<PathBuf>,
+}
+
+impl Inventory {
+    /// How many there are of each kind; every kind is there.
+    pub(crate) fn counts(&self) -> BTreeMap<Kind, usize> {
+        let mut counts: BTreeMap<Kind, usize> = Kind::ALL.into_iter().map(|kind| (kind, 0)).collect();
+        for item in &self.ours {
+            *counts.entry(item.kind).or_default() += 1;
+        }
+        counts
+    }
+}
+
+impl Serialize for Inventory {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Shape<'a> {
+            counts: BTreeMap<Kind, usize>,
+            items: &'a [Item],
+        }
+        Shape { counts: self.counts(), items: &self.ours }.serialize(serializer)
+    }
+}
+
+/// Where one could not look.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot list {what}{}: {source}", path.as_ref().map(|path| format!(" {}", path.display())).unwrap_or_default())]
+pub(crate) struct InventoryError {
+    what: &'static str,
+    path: Option<PathBuf>,
+    source: io::Error,
+}
+
+impl InventoryError {
+    pub(super) fn of(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self { what, path: None, source }
+    }
+
+    pub(super) fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = Some(path.to_owned());
+        move |source| Self { what, path, source }
+    }
+}
+
+/// Looks everywhere.
+pub(crate) fn take(paths: &Paths) -> Result<Inventory, InventoryError> {
+    let mounts = mounts()?;
+    let mut inventory = Inventory::default();
+    kernel_objects(&paths.pin_root, &mut inventory)?;
+    cgroups::take(paths, &mounts, &mut inventory)?;
+    for mount in &mounts {
+        if mount.mount_point.starts_with(&paths.run_dir) || mount.mount_point.starts_with(&paths.state_dir) {
+            inventory.ours.push(item(Kind::Mount, mount.mount_point.display(), Some(mount.fs_type.clone())));
+        }
+    }
+    files::take(paths, &mut inventory)?;
+    inventory.ours.sort();
+    inventory.elsewhere.sort();
+    Ok(inventory)
+}
+
+fn kernel_objects(pin_root: &Path, inventory: &mut Inventory) -> Result<(), InventoryError> {
+    let pins = pillion_redirect::pins_below(pin_root).map_err(InventoryError::at("pins in", pin_root))?;
+    inventory.ours.extend(pins.iter().map(|path| item(Kind::Pin, path.display(), None)));
+    if pins.is_empty() && pin_root.is_dir() {
+        // Nothing is pinned, but the directory is there.
+        inventory.ours.push(item(Kind::Pin, pin_root.display(), Some("directory".to_owned())));
+    }
+    let found = pillion_redirect::inventory_by_owner(pin_root).map_err(InventoryError::of("eBPF objects"))?;
+    for (list, objects) in [(&mut inventory.ours, found.ours), (&mut inventory.elsewhere, found.others)] {
+        for (kind, objects) in
+            [(Kind::Link, objects.links), (Kind::Program, objects.programs), (Kind::Map, objects.maps)]
+        {
+            list.extend(objects.into_iter().map(|object| item(kind, object.id, Some(object.name))));
+        }
+    }
+    Ok(())
+}
+
+/// The mounts of our mount namespace.
+pub(crate) fn mounts() -> Result<Vec<MountInfo>, InventoryError> {
+    let mounts = Process::myself().and_then(|me| me.mountinfo());
+    mounts.map(|mounts| mounts.0).map_err(|error| InventoryError::of("mounts")(io::Error::other(error)))
+}
+
+/// The lock that an agent holds for as long as it runs.
+#[derive(Debug)]
+pub(crate) enum AgentLock {
+    /// There is no lock file: no agent has run since it was removed.
+    Absent,
+    /// No agent runs, and none can start while this lives.
+    Ours(#[expect(dead_code, reason = "held, not read")] Flock<fs::File>),
+    /// An agent runs; its pid, where it says so.
+    Held(Option<i32>),
+}
+
+/// Takes the lock if it can be had.
+pub(crate) fn agent_lock(paths: &Paths) -> Result<AgentLock, InventoryError> {
+    let path = paths.run_dir.join("agent.lock");
+    let file = match fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(AgentLock::Absent),
+        Err(error) => return Err(InventoryError::at("who holds", &path)(error)),
+    };
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(AgentLock::Ours(lock)),
+        Err((file, Errno::EWOULDBLOCK)) => {
+            let text = io::read_to_string(io::Read::take(file, 64)).unwrap_or_default();
+            Ok(AgentLock::Held(text.trim().parse().ok()))
+        }
+        Err((_, errno)) => Err(InventoryError::at("who holds", &path)(errno.into())),
+    }
+}
+
+pub(super) fn item(kind: Kind, name: impl fmt::Display, detail: Option<String>) -> Item {
+    Item { kind, name: name.to_string(), detail }
+}

@@ -1,0 +1,172 @@
+//! A plan in words, for `explain` and `describe`. Pure.
+
+use std::{fmt::Write as _, time::Duration};
+
+use pillion_workload::{CompanionKind, CompanionSpec, FailureMode, OutboundRule, Plan, Probe, Resources, Target};
+
+use crate::render::{plain, span};
+
+/// What will be started, what will be redirected, and what happens when that fails.
+pub(crate) fn in_words(plan: &Plan) -> String {
+    let mut out = format!("policy {}\n", plan.policy);
+    for companion in &plan.companions {
+        let _ = write!(out, "{}", companion_in_words(companion));
+    }
+    if let Some(outbound) = &plan.redirect.outbound {
+        let _ = writeln!(out, "{}", outbound_in_words(outbound));
+    }
+    for rule in &plan.redirect.inbound {
+        let ports = ports(rule.ports.iter().copied());
+        let _ = writeln!(out, "connections from outside to {ports} go to {}", target(&rule.to));
+    }
+    if plan.redirect.outbound.is_none() && plan.redirect.inbound.is_empty() {
+        out.push_str("no connection is redirected\n");
+    }
+    out.push_str(match plan.on_failure {
+        FailureMode::Open => "while a companion is not ready, connections pass as if there were no companion (open)\n",
+        FailureMode::Closed => "while a companion is not ready, new connections are refused (closed)\n",
+    });
+    out
+}
+
+fn companion_in_words(companion: &CompanionSpec) -> String {
+    let what = match &companion.kind {
+        CompanionKind::Relay => "the embedded relay".to_owned(),
+        CompanionKind::Exec(exec) => exec.command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
+    };
+    let mut out = format!("companion {}: {what}\n", companion.name);
+    let group = companion.user.group.as_ref().map(|group| format!(", group {}", plain(group))).unwrap_or_default();
+    let _ = writeln!(out, "  as user {}{group}", plain(&companion.user.user));
+    if let CompanionKind::Exec(exec) = &companion.kind {
+        for template in &exec.templates {
+            let _ = writeln!(out, "  with {} filled in", plain(&template.display().to_string()));
+        }
+    }
+    let probe = match &companion.ready.probe {
+        None => "when every redirected port accepts a connection".to_owned(),
+        Some(Probe::Tcp { port }) => format!("when port {port} accepts a connection"),
+        Some(Probe::Http { port, path }) => format!("when GET {} on port {port} answers 200-399", plain(path)),
+        Some(Probe::Exec { command }) => {
+            let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
+            format!("when this exits with 0: {}", words.join(" "))
+        }
+    };
+    let _ = writeln!(out, "  ready {probe}, within {}", exact(companion.ready.timeout));
+    if let Some(limits) = limits(&companion.resources) {
+        let _ = writeln!(out, "  limited to {limits}");
+    }
+    let _ = writeln!(out, "  {} between SIGTERM and SIGKILL", exact(companion.stop_grace));
+    out
+}
+
+fn outbound_in_words(rule: &OutboundRule) -> String {
+    let mut except = vec!["loopback".to_owned()];
+    if !rule.exclude.ports.is_empty() {
+        except.push(ports(rule.exclude.ports.iter().copied()));
+    }
+    except.extend(rule.exclude.cidrs.iter().map(ToString::to_string));
+    format!("connections that it makes go to {}, except to {}", target(&rule.to), except.join(", "))
+}
+
+fn target(target: &Target) -> String {
+    match target.port {
+        Some(port) => format!("{}:{port}", target.companion),
+        None => format!("{} (port allocated)", target.companion),
+    }
+}
+
+fn ports(ports: impl ExactSizeIterator<Item = u16>) -> String {
+    let noun = if ports.len() == 1 { "port" } else { "ports" };
+    let list: Vec<String> = ports.map(|port| port.to_string()).collect();
+    format!("{noun} {}", list.join(", "))
+}
+
+fn limits(resources: &Resources) -> Option<String> {
+    let memory = resources.memory.map(|bytes| format!("{} of memory", byte_size(bytes)));
+    let cpu = resources.cpu_millis.map(|millis| format!("{millis}m of CPU"));
+    let pids = resources.pids.map(|pids| format!("{pids} tasks"));
+    let limits: Vec<String> = memory.into_iter().chain(cpu).chain(pids).collect();
+    (!limits.is_empty()).then(|| limits.join(", "))
+}
+
+fn byte_size(bytes: u64) -> String {
+    for (shift, unit) in [(30, "GiB"), (20, "MiB"), (10, "KiB")] {
+        if bytes >= 1 << shift && bytes.is_multiple_of(1 << shift) {
+            return format!("{} {unit}", bytes >> shift);
+        }
+    }
+    format!("{bytes} bytes")
+}
+
+/// Milliseconds are said when there are any.
+fn exact(duration: Duration) -> String {
+    if duration.subsec_nanos() == 0 { span(duration) } else { humantime::format_duration(duration).to_string() }
+}
+
+/// A word as a shell would need it.
+fn quoted(word: &str) -> String {
+    let safe = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:=,@%+{}".contains(&byte);
+    if !word.is_empty() && word.bytes().all(safe) { word.to_owned() } else { format!("'{}'", plain(word).replace('\'', "'\\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use pillion_workload::{ExecSpec, Exclusions, InboundRule, Readiness, RedirectSpec, UserSpec};
+
+    use super::*;
+
+    fn envoy() -> CompanionSpec {
+        CompanionSpec {
+            name: "envoy".parse().unwrap(),
+            kind: CompanionKind::Exec(ExecSpec {
+                command: vec!["/usr/bin/envoy".into(), "-c".into(), "a b.yaml".into()],
+                templates: vec!["/etc/pillion/envoy.yaml".into()],
+            }),
+            user: UserSpec { user: "envoy".into(), group: None },
+            ready: Readiness {
+                probe: Some(Probe::Http { port: 9901, path: "/ready".into() }),
+                timeout: Duration::from_millis(1500),
+            },
+            resources: Resources { memory: Some(256 << 20), cpu_millis: Some(500), pids: Some(64) },
+            stop_grace: Duration::from_secs(10),
+        }
+    }
+
+    #[test]
+    fn every_part_of_a_plan_is_said() {
+        let envoy = envoy();
+        let to = |port| Target { companion: envoy.name.clone(), port };
+        let plan = Plan {
+            policy: "payments".parse().unwrap(),
+            redirect: RedirectSpec {
+                outbound: Some(OutboundRule {
+                    to: to(Some(15001)),
+                    exclude: Exclusions { ports: [22, 53].into(), cidrs: vec!["169.254.0.0/16".parse().unwrap()] },
+                }),
+                inbound: vec![InboundRule { ports: [8080].into(), to: to(None) }],
+            },
+            on_failure: FailureMode::Closed,
+            companions: vec![envoy.clone()],
+        };
+        assert_eq!(
+            in_words(&plan),
+            "policy payments\n\
+             companion envoy: /usr/bin/envoy -c 'a b.yaml'\n\
+             \x20 as user envoy\n\
+             \x20 with /etc/pillion/envoy.yaml filled in\n\
+             \x20 ready when GET /ready on port 9901 answers 200-399, within 1s 500ms\n\
+             \x20 limited to 256 MiB of memory, 500m of CPU, 64 tasks\n\
+             \x20 10s between SIGTERM and SIGKILL\n\
+             connections that it makes go to envoy:15001, except to loopback, ports 22, 53, 169.254.0.0/16\n\
+             connections from outside to port 8080 go to envoy (port allocated)\n\
+             while a companion is not ready, new connections are refused (closed)\n"
+        );
+    }
+
+    #[test]
+    fn sizes_are_never_rounded() {
+        for (bytes, text) in [(1 << 30, "1 GiB"), (3 << 19, "1536 KiB"), (1000, "1000 bytes"), (0, "0 bytes")] {
+            assert_eq!(byte_size(bytes), text);
+        }
+    }
+}
