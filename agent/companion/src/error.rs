@@ -3,7 +3,11 @@
 use std::{io, path::PathBuf, time::Duration};
 
 use crate::{
-    cgroup::CgroupError, launch::LaunchError, netns::NetnsError, process::ProcessError, render::RenderError,
+    cgroup::CgroupError,
+    launch::LaunchError,
+    netns::NetnsError,
+    process::{Ending, ProcessError},
+    render::RenderError,
     user::UserError,
 };
 
@@ -53,6 +57,12 @@ pub enum CompanionError {
     /// The relay's configuration.
     #[error(transparent)]
     Relay(#[from] crate::relay::InvalidRelayConfig),
+    /// Handing the relay its configuration.
+    #[error("cannot hand over the relay's configuration")]
+    RelayInput {
+        /// Why not.
+        source: io::Error,
+    },
     /// Following its output.
     #[error("cannot follow the companion's output")]
     Logs {
@@ -63,9 +73,15 @@ pub enum CompanionError {
     #[error("the companion ended before it was ready ({status}){}", oom_note(*oom))]
     EndedEarly {
         /// How it ended.
-        status: crate::companion::Ending,
+        status: Ending,
         /// Whether the kernel killed it for memory.
         oom: bool,
+    },
+    /// Its probe command says no.
+    #[error("the probe command failed ({status})")]
+    ProbeCommand {
+        /// How it ended.
+        status: Ending,
     },
     /// It was not ready in time.
     #[error("the companion was not ready within {timeout:?}: {last}")]
@@ -76,17 +92,22 @@ pub enum CompanionError {
         last: String,
     },
     /// Somebody else listens on its port.
-    #[error("port {port} of the workload's network namespace is taken by a process that is not the companion's")]
+    #[error(
+        "port {port} of the workload's network namespace is taken by a process that is not the companion's"
+    )]
     PortTaken {
         /// The port.
         port: u16,
     },
     /// It could not be removed within its time.
-    #[error("the supervisor of the companion did not answer within {timeout:?}")]
+    #[error("the companion was not stopped and removed within {timeout:?}")]
     StopTimeout {
         /// How long was waited.
         timeout: Duration,
     },
+    /// The work was lost with the runtime.
+    #[error("the runtime is shutting down")]
+    Abandoned,
 }
 
 fn oom_note(oom: bool) -> &'static str {

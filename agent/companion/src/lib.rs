@@ -9,27 +9,29 @@
 
 mod builtin;
 mod companion;
+mod directory;
 mod error;
 mod exec;
 mod host;
-mod launching;
 mod listeners;
 mod logs;
 mod netns;
 mod process;
 mod readiness;
 mod supervise;
+mod tree;
 mod user;
+mod watch;
 
 pub mod cgroup;
 pub mod launch;
 pub mod relay;
 pub mod render;
 
-pub use companion::{Companion, CompanionEvent, CompanionRecord, start};
+pub use companion::{Companion, CompanionEvent, CompanionRecord, discard, start};
 pub use error::CompanionError;
 pub use host::{Host, HostConfig, Launch, ResolvedPorts};
 pub use logs::{LogLine, Stream};
 pub use netns::{NetnsError, listening_ports};
-pub use process::{Process, ProcessError};
-pub use user::{Credentials, UserError, resolve_user};
+pub use process::{Ending, Process, ProcessError};
+pub use user::{UserError, resolve_user};

@@ -1,0 +1,31 @@
+#![expect(
+    unsafe_code,
+    reason = "close_range(2) and signal(2) have no safe wrapper in the crates that we use"
+)]
+//! The two system calls of the launcher that need `unsafe`. Owns nothing, decides nothing.
+
+use std::io;
+
+use nix::errno::Errno;
+
+/// Marks every descriptor above 2 close-on-exec (`CLOSE_RANGE_CLOEXEC`, Linux 5.11).
+pub(super) fn close_all_on_exec() -> io::Result<()> {
+    // SAFETY: the call takes plain integers and changes flags only; no descriptor is closed here, so that no owned
+    // descriptor of this process becomes dangling. close_range has no wrapper in every supported C library.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sets SIGPIPE, which Rust's runtime ignores, or every signal back to its default.
+pub(super) fn reset_signals(all: bool) -> io::Result<()> {
+    let signals = if all { 1..=libc::SIGRTMAX() } else { libc::SIGPIPE..=libc::SIGPIPE };
+    for signal in signals {
+        // SAFETY: SIG_DFL installs no handler, so that no code of ours can run in signal context.
+        let previous = unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SIGKILL, SIGSTOP and the two signals that the C library keeps for itself cannot be set.
+        if previous == libc::SIG_ERR && Errno::last() != Errno::EINVAL {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
