@@ -15,6 +15,10 @@ use crate::RedirectError;
 /// Where the BPF file system belongs.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
 
+/// Source of a mount that Pillion made, in `/proc/self/mountinfo`; systemd's is `bpf`. So the mount itself tells who must
+/// take it back, whatever else is lost.
+pub const MOUNT_SOURCE: &str = "pillion";
+
 /// A directory within the BPF file system.
 #[derive(Debug)]
 pub struct Bpffs {

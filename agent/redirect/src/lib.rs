@@ -27,7 +27,7 @@ mod rules;
 mod steer;
 mod sys;
 
-pub use bpffs::Bpffs;
+pub use bpffs::{Bpffs, MOUNT_SOURCE};
 pub use counters::Counters;
 pub use dataplane::{Dataplane, LoadOptions};
 pub use error::RedirectError;
