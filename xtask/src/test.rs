@@ -49,10 +49,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         unit_tests(&mut tally);
     }
     let wanted = |suite: &str| options.suite.is_empty() || options.suite.iter().any(|name| name == suite);
-    // One selection of packages for a full run, so that nothing is compiled twice with different features.
-    let packages: &[&str] =
-        if options.suite.is_empty() { WORKSPACE } else { &["--package", "pillion", "--package", TESTS] };
-    tally.step("the suites", |tally| suites::run(packages, wanted, tally));
+    let selection = if options.suite.is_empty() { &suites::WHOLE } else { &suites::ALONE };
+    tally.step("the suites", |tally| suites::run(selection, wanted, tally));
 
     let (passed, failed) = tally.close();
     println!("{passed} passed, {failed} failed");

@@ -11,8 +11,8 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-use super::tally::Tally;
-use crate::shell;
+use super::{WORKSPACE, tally::Tally};
+use crate::{metadata::TESTS, shell};
 
 /// The binaries that were built.
 struct Built {
@@ -22,9 +22,21 @@ struct Built {
     inventory: PathBuf,
 }
 
-/// Runs the suites that are `wanted`, built from `packages`.
-pub(super) fn run(packages: &[&str], wanted: impl Fn(&str) -> bool, tally: &mut Tally) -> Result<()> {
-    let built = build(packages)?;
+/// Arguments that select packages.
+pub(super) struct Selection {
+    suites: &'static [&'static str],
+    programs: &'static [&'static str],
+}
+
+/// As for the unit tests, so that nothing is compiled a second time with other features.
+pub(super) const WHOLE: Selection = Selection { suites: WORKSPACE, programs: WORKSPACE };
+/// No more than the suites and the programs that they drive.
+pub(super) const ALONE: Selection =
+    Selection { suites: &["--package", TESTS], programs: &["--package", "pillion", "--package", TESTS] };
+
+/// Runs the suites that are `wanted`.
+pub(super) fn run(selection: &Selection, wanted: impl Fn(&str) -> bool, tally: &mut Tally) -> Result<()> {
+    let built = build(selection)?;
     let before = built.inventory.with_file_name("inventory-before.json");
     shell::run(inventory(&built, "save", &before)?.current_dir(shell::checkout()))?;
 
@@ -73,11 +85,12 @@ struct Profile {
     test: bool,
 }
 
-fn build(packages: &[&str]) -> Result<Built> {
+fn build(selection: &Selection) -> Result<Built> {
     let (mut suites, mut programs) = (BTreeMap::new(), BTreeMap::new());
     // Other crates may have integration tests, too.
     let manifest = shell::checkout().join("tests/Cargo.toml");
-    for command in [["test", "--no-run"].as_slice(), ["build", "--bins"].as_slice()] {
+    let commands = [(["test", "--no-run"], selection.suites), (["build", "--bins"], selection.programs)];
+    for (command, packages) in commands {
         let mut cargo = shell::cargo();
         cargo.args(command).args(packages).args(["--locked", "--message-format=json-render-diagnostics"]);
         for line in shell::capture(&mut cargo)?.lines() {

@@ -122,9 +122,12 @@ fn number_before(text: &str, what: &str) -> Option<u32> {
 mod tests {
     use super::*;
 
+    /// Of which runner, the line, and what it counts.
+    type Case = (Parse, &'static str, Option<(u32, u32)>);
+
     #[test]
     fn closing_lines_are_counted() {
-        let cases: [(Parse, &str, Option<(u32, u32)>); 7] = [
+        let cases: [Case; 7] = [
             (
                 libtest_line,
                 "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out; finished in 0.00s",
