@@ -27,7 +27,7 @@ use super::{
     handover, raw,
     spec::{
         Identity, InputSpec, LaunchFailure, LaunchSpec, Limit, LimitKind, NamespaceSpec, ParentDeath,
-        Program, Session,
+        Privileges, Program, Session,
     },
 };
 use crate::netns;
