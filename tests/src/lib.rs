@@ -6,6 +6,7 @@
 
 #![expect(clippy::missing_panics_doc, reason = "a panic fails the test, which is what it is for")]
 
+pub mod bench;
 pub mod cgroup;
 pub mod containerd;
 pub mod echo;

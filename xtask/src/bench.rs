@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context as _, Result};
 
-use crate::{setup, shell};
+use crate::{metadata::Metadata, setup, shell};
 
 /// What is measured, and how often.
 #[derive(clap::Args)]
@@ -18,8 +18,15 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::run()?;
     shell::authorize()?;
-    shell::run(shell::cargo().args(["build", "--release", "--package", "pillion-tests", "--bin", "pillion-bench"]))?;
-    let target = shell::target_directory()?;
+    shell::run(shell::cargo().args([
+        "build",
+        "--release",
+        "--package",
+        "pillion-tests",
+        "--bin",
+        "pillion-bench",
+    ]))?;
+    let target = Metadata::read()?.target_directory;
     let output = target.join("bench");
     fs::create_dir_all(&output).with_context(|| format!("cannot make {}", output.display()))?;
     let output = output.join("redirect.json");

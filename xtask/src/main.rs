@@ -1,6 +1,7 @@
-//! The project's own commands: `cargo xtask setup | test | tidy`. Wires nothing of the agent; depends on none of its crates.
+//! The project's own commands: `cargo xtask setup | test | bench | tidy`. Wires nothing of the agent; depends on none of its crates.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line program for developers")]
 
+mod bench;
 mod metadata;
 mod setup;
 mod shell;
@@ -28,6 +29,8 @@ enum Task {
     Setup,
     /// Run all checks, unit tests and suites. Calls setup; the suites need root and ask for sudo.
     Test(test::Options),
+    /// Measure what redirection costs. Needs root and asks for sudo.
+    Bench(bench::Options),
     /// Check what the compiler does not: crate arrows, form of the files, the map in ARCHITECTURE.md.
     Tidy,
 }
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Task::Setup => setup::run(),
         Task::Test(options) => test::run(&options),
+        Task::Bench(options) => bench::run(&options),
         Task::Tidy => tidy::run(),
     };
     match done {

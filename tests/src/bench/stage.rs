@@ -1,0 +1,223 @@
+//! Namespaces, cgroups, data plane and rules of the measurement, and the peers placed within.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead as _, BufReader, Write as _},
+    net::SocketAddr,
+    os::fd::{AsFd as _, OwnedFd},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::Arc,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid as NixPid,
+};
+use pillion_redirect::{AttachRequest, Bpffs, Dataplane, LoadOptions, RedirectGuard, Sources};
+use pillion_workload::{
+    Cgroup, CgroupId, CompanionName, Exclusions, FailureMode, Family, Listener, OutboundRule, Pid, ProcessId,
+    ReadyCompanion, RedirectSpec, StartTime, Target,
+};
+use rustix::{
+    net::sockopt,
+    process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
+};
+use serde::Serialize;
+
+use super::{Kind, peers::Order};
+use crate::{CgroupGuard, End, NetNs};
+
+const PORT: u16 = 15001;
+
+/// How the client reaches its peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Mode {
+    /// No companion: the server in the other namespace.
+    Direct,
+    /// The client dials the companion by its own address.
+    Dial,
+    /// The client dials the server, eBPF takes it to the companion.
+    Pillion,
+    /// The same by `iptables -t nat -j REDIRECT`, in a namespace of its own.
+    Iptables,
+}
+
+pub(super) const MODES: [Mode; 4] = [Mode::Direct, Mode::Dial, Mode::Pillion, Mode::Iptables];
+
+/// A child process with its input and output.
+struct Peer {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Peer {
+    fn start(netns: &NetNs, cgroup: &CgroupGuard, arguments: &[&str]) -> Result<Self> {
+        let mut command = cgroup.command(std::env::current_exe()?);
+        command.args(arguments);
+        Self::spawn(netns, &mut command)
+    }
+
+    fn spawn(netns: &NetNs, command: &mut Command) -> Result<Self> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = netns.run(|| command.spawn()).context("cannot start a peer")?;
+        let stdin = child.stdin.take();
+        let stdout = BufReader::new(child.stdout.take().context("a pipe")?);
+        Ok(Self { child, stdin, stdout })
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line)?;
+        ensure!(!line.is_empty(), "a peer has ended");
+        Ok(line)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.stdin = None;
+        // The end of its input ends it; a peer in the middle of something is killed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Everything that is measured with.
+pub(super) struct Stage {
+    guard: Option<RedirectGuard>,
+    dataplane: Arc<Dataplane>,
+    plain: Peer,
+    workload: Peer,
+    iptables: Peer,
+    _servers: Vec<Peer>,
+    _cgroups: Vec<CgroupGuard>,
+    _namespaces: Vec<NetNs>,
+}
+
+/// A namespace with the companion, joined to one with the server.
+fn pair() -> Result<(NetNs, NetNs)> {
+    let (near, far) = (NetNs::new()?, NetNs::new()?);
+    NetNs::join(
+        End { netns: &near, device: "far", addresses: &["10.77.0.1/24", "fd77::1/64"] },
+        End { netns: &far, device: "near", addresses: &["10.77.0.2/24", "fd77::2/64"] },
+    )?;
+    Ok((near, far))
+}
+
+impl Stage {
+    pub(super) fn new() -> Result<Self> {
+        let mut cpus = CpuSet::new();
+        cpus.set(CpuSet::count().min(std::thread::available_parallelism()?.get()) - 1)?;
+        // Inherited by every peer.
+        sched_setaffinity(NixPid::from_raw(0), &cpus).context("cannot pin to one CPU")?;
+
+        let ((near, far), (near_nat, far_nat)) = (pair()?, pair()?);
+        for (tool, target) in [("iptables", "10.77.0.2"), ("ip6tables", "fd77::2")] {
+            let rule = format!("-t nat -A OUTPUT -d {target} -p tcp -j REDIRECT --to-ports {PORT}");
+            let status = near_nat.run(|| Command::new(tool).args(rule.split(' ')).status())?;
+            ensure!(status.success(), "{tool} cannot redirect");
+        }
+        let (workload, companion, others) = (CgroupGuard::new()?, CgroupGuard::new()?, CgroupGuard::new()?);
+        let own = [format!("127.0.0.1:{PORT}"), format!("[::1]:{PORT}")];
+        let serve = ["serve", &own[0], &own[1]];
+        let mut servers = vec![
+            Peer::start(&near, &companion, &serve)?,
+            Peer::start(&near_nat, &others, &serve)?,
+            Peer::start(&far, &others, &["serve", "10.77.0.2:80", "[fd77::2]:80"])?,
+            Peer::start(&far_nat, &others, &["serve", "10.77.0.2:80", "[fd77::2]:80"])?,
+        ];
+        for server in &mut servers {
+            server.line()?;
+        }
+        let pins = format!("/sys/fs/bpf/pillion-bench-{}", std::process::id());
+        let dataplane = Dataplane::load(&LoadOptions::new(pins))?;
+        let name: CompanionName = "companion".parse()?;
+        let outbound = OutboundRule {
+            to: Target { companion: name.clone(), port: Some(PORT) },
+            exclude: Exclusions::default(),
+        };
+        let netns = File::open(near.path())?;
+        let ready = ready(name, servers[0].child.id(), &companion)?;
+        let guard = dataplane.attach(AttachRequest {
+            cgroup: &cgroup(&workload)?,
+            netns: netns.as_fd(),
+            spec: &RedirectSpec { outbound: Some(outbound), inbound: vec![] },
+            on_failure: FailureMode::Closed,
+            sources: Sources { v4: [10, 77, 0, 1].into(), v6: "fd77::1".parse()? },
+            companions: vec![ready],
+        })?;
+        Ok(Self {
+            guard: Some(guard),
+            dataplane,
+            plain: Peer::start(&near, &others, &["measure"])?,
+            workload: Peer::start(&near, &workload, &["measure"])?,
+            iptables: Peer::start(&near_nat, &others, &["measure"])?,
+            _servers: servers,
+            _cgroups: vec![workload, companion, others],
+            _namespaces: vec![near, far, near_nat, far_nat],
+        })
+    }
+
+    /// One turn: `batch` samples in nanoseconds.
+    pub(super) fn sample(&mut self, mode: Mode, kind: Kind, v6: bool, batch: u32) -> Result<Vec<u64>> {
+        let server: SocketAddr = if v6 { "[fd77::2]:80" } else { "10.77.0.2:80" }.parse()?;
+        let own = SocketAddr::new(if v6 { "::1" } else { "127.0.0.1" }.parse()?, PORT);
+        let (client, destination) = match mode {
+            Mode::Direct => (&mut self.plain, server),
+            Mode::Dial => (&mut self.plain, own),
+            Mode::Pillion => (&mut self.workload, server),
+            Mode::Iptables => (&mut self.iptables, server),
+        };
+        let mut order = serde_json::to_string(&Order { kind, destination, batch })?;
+        order.push('\n');
+        client.stdin.as_mut().context("a running peer")?.write_all(order.as_bytes())?;
+        let samples: Vec<u64> = serde_json::from_str(&client.line()?)?;
+        ensure!(samples.len() == batch as usize, "{} samples instead of {batch}", samples.len());
+        Ok(samples)
+    }
+
+    /// What was measured as redirected must have been redirected, every time.
+    pub(super) fn check(&self) -> Result<()> {
+        let counters = self.dataplane.counters()?;
+        ensure!(counters.outbound_redirected > 0, "nothing was redirected");
+        ensure!(counters.outbound_redirected == counters.destinations_answered, "unanswered: {counters:?}");
+        Ok(())
+    }
+
+    pub(super) fn end(mut self) -> Result<()> {
+        if let Some(guard) = self.guard.take() {
+            guard.detach()?;
+        }
+        let mounted = self.dataplane.mounted_bpffs();
+        self.dataplane.unpin()?;
+        drop(self);
+        if mounted {
+            Bpffs::release()?;
+        }
+        Ok(())
+    }
+}
+
+fn cgroup(guard: &CgroupGuard) -> Result<Cgroup> {
+    Ok(Cgroup { id: CgroupId(guard.id()?), path: guard.path().to_owned() })
+}
+
+fn ready(name: CompanionName, pid: u32, in_cgroup: &CgroupGuard) -> Result<ReadyCompanion> {
+    let raw = i32::try_from(pid)?;
+    let pidfd = pidfd_open(rustix::process::Pid::from_raw(raw).context("a pid")?, PidfdFlags::empty())?;
+    let mut listeners = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let number = entry?.file_name().to_string_lossy().parse()?;
+        let socket: OwnedFd = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty())?;
+        if sockopt::socket_acceptconn(&socket).unwrap_or(false) {
+            let local: SocketAddr = rustix::net::getsockname(&socket)?.try_into()?;
+            let family = if local.is_ipv4() { Family::V4 } else { Family::V6 };
+            listeners.push(Listener { port: local.port(), family, socket });
+        }
+    }
+    let process = ProcessId { pid: Pid(raw), started: StartTime(0) };
+    Ok(ReadyCompanion::probe_passed(name, process, cgroup(in_cgroup)?, listeners))
+}
