@@ -14,13 +14,14 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use nix::mount::{MntFlags, umount2};
+use pillion_redirect::{Bpffs, MOUNT_SOURCE};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
 
 use crate::{
     cli::CleanupArgs,
     config::Paths,
-    inventory::{self, AgentLock, Inventory, Item, Kind, cgroups, files},
+    inventory::{self, Agent, Inventory, Item, Kind, cgroups, files},
     render::{self, Cell, Format, Paint, Table, Tone, View, count, note},
 };
 
@@ -112,7 +113,8 @@ pub(crate) fn main(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
         note("nothing was removed");
         return Ok(ExitCode::FAILURE);
     }
-    for problem in remove(&args.paths) {
+    let problems = remove(&args.paths);
+    for problem in problems {
         note(format_args!("{problem:#}"));
     }
     let after = settled(&args.paths)?;
@@ -164,17 +166,18 @@ fn refuse_unsafe_places(paths: &Paths) -> anyhow::Result<()> {
 }
 
 /// Keeps an agent from starting meanwhile; refuses when one runs.
-fn lock(paths: &Paths) -> anyhow::Result<AgentLock> {
-    let lock = inventory::agent_lock(paths)?;
-    if let AgentLock::Held(pid) = lock {
+fn lock(paths: &Paths) -> anyhow::Result<Agent> {
+    let agent = inventory::agent(paths)?;
+    if let Agent::Running(pid) = agent {
         let who = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
         bail!(
             "an agent is running{who} and would put back what is removed\n\
-             stop it first: systemctl stop pillion, or: kill the process that holds {}",
-            paths.run_dir.join("agent.lock").display()
+             stop it first: systemctl stop pillion, or: kill the process that holds {} or {}",
+            paths.run_dir.join("agent.lock").display(),
+            paths.state_dir.display()
         );
     }
-    Ok(lock)
+    Ok(agent)
 }
 
 fn confirmed(before: &Inventory) -> anyhow::Result<bool> {
@@ -216,6 +219,7 @@ fn remove(paths: &Paths) -> Vec<anyhow::Error> {
         }
         Err(error) => attempt(Err(error.into())),
     }
+    attempt(release_bpffs(paths));
     match files::contents(paths) {
         Ok(directories) => {
             for (directory, contents) in directories {
@@ -226,6 +230,20 @@ fn remove(paths: &Paths) -> Vec<anyhow::Error> {
         Err(error) => attempt(Err(error.into())),
     }
     problems
+}
+
+/// Unmounts what Pillion mounted, once nothing is pinned there any more.
+fn release_bpffs(paths: &Paths) -> anyhow::Result<()> {
+    let ours = inventory::mounts()?.iter().any(|mount| {
+        mount.fs_type == "bpf"
+            && mount.mount_source.as_deref() == Some(MOUNT_SOURCE)
+            && paths.pin_root.starts_with(&mount.mount_point)
+    });
+    if ours {
+        // False when others have pins in it: then it is theirs to remove.
+        Bpffs::release()?;
+    }
+    Ok(())
 }
 
 fn remove_tree(path: &Path) -> anyhow::Result<()> {

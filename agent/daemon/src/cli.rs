@@ -31,17 +31,17 @@ Examples:
   pillion list -o wide                              what is attached to what?";
 
 const AGENT_HELP: &str = "\
-SIGHUP reloads the policies (they are also reloaded when a file changes). SIGTERM stops the agent and leaves
+SIGHUP reloads the policies (they are also reloaded when a file changes). SIGTERM stops the agent and leaves \
 companions and redirection in force: the next agent takes them over. `pillion cleanup` takes them away.
 
 Examples:
   pillion agent
   pillion agent --log-format json --log-level info,pillion_redirect=debug
-  pillion agent --policy-dir ./policies --run-dir /tmp/p/run --state-dir /tmp/p/state --http-addr none";
+  pillion agent --policy-dir /srv/policies --http-addr none";
 
 const RUN_HELP: &str = "\
-The command starts only when its companions are ready and redirection is in force; when that fails, `onFailure: open`
-starts it bare and `closed` does not start it. Signals are passed on, the exit code is the command's (128 + the signal's
+The command starts only when its companions are ready and redirection is in force; when that fails, `onFailure: open` \
+starts it bare and `closed` does not start it. Signals are passed on, the exit code is the command's (128 + the signal's \
 number when one killed it), and everything is taken away at its end. The relay's records go to stderr as JSON lines.
 
 Examples:
@@ -125,7 +125,7 @@ pub(crate) struct Label {
 /// Arguments of `pillion validate`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
-All files are checked together, as the agent would load them: two files that define the same policy are a fault.
+All files are checked together, as the agent would load them: two files that define the same policy are a fault. \
 Every fault of every file is shown in one go, with file, line and column. Exit code 3 when there is one.
 
 Examples:
@@ -144,8 +144,8 @@ pub(crate) struct ValidateArgs {
 /// Arguments of `pillion explain`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
-For each policy it shows which field of `select` matched and which did not, what the field wanted and what the workload
-has; then the plan of the policy that wins. Exit code 0 whether or not a policy matches: -o json has the answer in
+For each policy it shows which field of `select` matched and which did not, what the field wanted and what the workload \
+has; then the plan of the policy that wins. Exit code 0 whether or not a policy matches: -o json has the answer in \
 `.plan`, which is null when none does.
 
 A described workload (--subject) is YAML or JSON:
@@ -158,7 +158,7 @@ A described workload (--subject) is YAML or JSON:
 Examples:
   pillion explain containerd/default/web
   pillion explain --policy p.yaml --subject workload.yaml
-  pillion explain --policy p.yaml --runtime process --name curl --executable /usr/bin/curl")]
+  pillion explain --policy p.yaml --runtime process --name curl --label app=api")]
 pub(crate) struct ExplainArgs {
     /// A workload that the running agent knows, as `pillion list` names it
     #[arg(value_name = "WORKLOAD", conflicts_with_all = ["policies", "subject", "runtime", "name", "namespace", "labels", "image", "unit", "executable"])]
@@ -243,7 +243,7 @@ pub(crate) struct DescribeArgs {
 /// Arguments of `pillion attach`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
-Undoes an earlier `pillion detach`, and tries again at once where an attachment failed. A workload that no policy
+Undoes an earlier `pillion detach`, and tries again at once where an attachment failed. A workload that no policy \
 matches cannot be attached: see `pillion explain WORKLOAD`.
 
 Examples:
@@ -265,7 +265,7 @@ pub(crate) struct AttachArgs {
 /// Arguments of `pillion detach`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
-New connections of the workload go straight to where they are meant. Connections that exist are cut when their companion
+New connections of the workload go straight to where they are meant. Connections that exist are cut when their companion \
 stops. The workload is left alone until `pillion attach`, also across restarts of the agent.
 
 Example:
@@ -304,7 +304,7 @@ pub(crate) struct EventsArgs {
 /// Arguments of `pillion check`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
-Kernel features are tried out, not guessed from the version; nothing is changed and nothing is left behind.
+Kernel features are tried out, not guessed from the version; nothing is changed and nothing is left behind. \
 Exit code 0 when all is well, 5 when Pillion works but something does not (warn), 1 when it cannot work (fail).
 
 Examples:
@@ -326,9 +326,9 @@ pub(crate) struct CheckArgs {
 /// Arguments of `pillion cleanup`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
-Removes eBPF links, programs and maps, companions, cgroups, mounts, sockets and files; workloads run on without
-companions, and connections through a companion are cut. Works without an agent, a journal, or anything intact: it goes by
-what is there. Policy files are yours and stay. Refuses while an agent runs: stop that first.
+Removes eBPF links, programs and maps, companions, cgroups, mounts, sockets and files; workloads run on without \
+companions, and connections through a companion are cut. Works without an agent, a journal, or anything intact: it goes by \
+what is there. Policy files are yours and stay. Refuses while an agent runs: stop that first. \
 Exit code 1 when anything remains.
 
 Examples:

@@ -28,16 +28,17 @@ const LONGEST_ANSWER: usize = 256 << 20;
 /// No event comes near.
 const LONGEST_LINE: usize = 1 << 20;
 
-/// Why the agent's answer could not be had.
+/// Why the agent's answer could not be had. The text has the cause in its middle and the cure on its last line, so causes
+/// are not error sources, which would be appended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClientError {
     /// No connection to the socket. Exit code 4.
-    #[error("cannot reach the agent at {}: {source}\n{}", .socket.display(), cure_for_unreachable(.source))]
+    #[error("cannot reach the agent at {}: {cause}\n{}", .socket.display(), cure_for_unreachable(.cause))]
     Unreachable {
         /// The admin socket.
         socket: PathBuf,
         /// What connect(2) said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Connected, but nothing comes. Exit code 4.
     #[error(
@@ -51,12 +52,12 @@ pub(crate) enum ClientError {
         after: Duration,
     },
     /// The connection broke half-way. Exit code 4.
-    #[error("the connection to the agent at {} broke: {source}\nlook at the agent's log", .socket.display())]
+    #[error("the connection to the agent at {} broke: {cause}\nlook at the agent's log", .socket.display())]
     Broken {
         /// The admin socket.
         socket: PathBuf,
         /// What HTTP said.
-        source: hyper::Error,
+        cause: hyper::Error,
     },
     /// The agent understood and said no.
     #[error("{message}")]
@@ -177,15 +178,15 @@ impl Client {
             .body(Full::new(body))
             .map_err(|error| unreadable(path, &error))?;
         let mut sender = self.connect().await?;
-        sender.send_request(request).await.map_err(|source| self.broken(source))
+        sender.send_request(request).await.map_err(|cause| self.broken(cause))
     }
 
     async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
         let stream = UnixStream::connect(&self.socket)
             .await
-            .map_err(|source| ClientError::Unreachable { socket: self.socket.clone(), source })?;
+            .map_err(|cause| ClientError::Unreachable { socket: self.socket.clone(), cause })?;
         let (sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|source| self.broken(source))?;
+            http1::handshake(TokioIo::new(stream)).await.map_err(|cause| self.broken(cause))?;
         // Ends with the connection: when the answer has been read, or the process ends. Its error also reaches the sender.
         tokio::spawn(async move { connection.await.ok() });
         Ok(sender)
@@ -195,7 +196,7 @@ impl Client {
         match Limited::new(body, LONGEST_ANSWER).collect().await {
             Ok(collected) => Ok(collected.to_bytes()),
             Err(error) => match error.downcast::<hyper::Error>() {
-                Ok(source) => Err(self.broken(*source)),
+                Ok(cause) => Err(self.broken(*cause)),
                 Err(error) => {
                     debug_assert!(error.is::<LengthLimitError>(), "{error}");
                     Err(unreadable(path, &format_args!("it is longer than {LONGEST_ANSWER} bytes")))
@@ -210,8 +211,8 @@ impl Client {
         })
     }
 
-    fn broken(&self, source: hyper::Error) -> ClientError {
-        ClientError::Broken { socket: self.socket.clone(), source }
+    fn broken(&self, cause: hyper::Error) -> ClientError {
+        ClientError::Broken { socket: self.socket.clone(), cause }
     }
 
     fn refusal(&self, status: StatusCode, body: &[u8]) -> ClientError {
@@ -253,8 +254,8 @@ impl Lines {
             }
             match self.body.frame().await {
                 Some(Ok(frame)) => self.buffer.extend(frame.data_ref().into_iter().flatten()),
-                Some(Err(source)) => {
-                    return Err(ClientError::Broken { socket: self.socket.clone(), source });
+                Some(Err(cause)) => {
+                    return Err(ClientError::Broken { socket: self.socket.clone(), cause });
                 }
                 None if self.buffer.trim_ascii().is_empty() => return Ok(None),
                 None => return Err(self.unreadable("it ends within a line")),

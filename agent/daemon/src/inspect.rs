@@ -146,7 +146,7 @@ pub(crate) async fn version(args: VersionArgs) -> anyhow::Result<ExitCode> {
     } else {
         match client(&args.reach).get::<StatusResponse>(api::path::STATUS).await {
             Ok(status) => Some(status.version),
-            Err(ClientError::Unreachable { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
+            Err(ClientError::Unreachable { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => {
                 note(format_args!("the agent's version is not known: {error}"));
                 None

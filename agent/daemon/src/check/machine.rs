@@ -141,8 +141,8 @@ pub(super) fn leftovers(paths: &Paths) -> Option<Finding> {
         return Some(Finding::ok(CHECK, "none"));
     }
     let found = in_force.join(", ");
-    Some(match inventory::agent_lock(paths) {
-        Ok(inventory::AgentLock::Held(_)) => Finding::ok(CHECK, format!("none: {found} of the running agent")),
+    Some(match inventory::agent(paths) {
+        Ok(inventory::Agent::Running(_)) => Finding::ok(CHECK, format!("none: {found} of the running agent")),
         _ => Finding::warn(
             CHECK,
             found,

@@ -122,6 +122,8 @@ fn look(verdict: Verdict) -> (&'static str, Tone) {
 
 /// `pillion check`.
 pub(crate) async fn main(args: &CheckArgs) -> anyhow::Result<ExitCode> {
+    // Before anything is tried out: the kernel frees what was a little later.
+    let leftovers = machine::leftovers(&args.paths);
     let mut checks = Vec::new();
     checks.extend(kernel::checks(&args.paths));
     checks.extend(privileges::checks());
@@ -130,7 +132,7 @@ pub(crate) async fn main(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         checks.push(machine::containerd(socket).await);
     }
     checks.push(machine::ports());
-    checks.extend(machine::leftovers(&args.paths));
+    checks.extend(leftovers);
     let verdict = checks.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok);
     render::print(&Report { verdict, checks }, args.output.format)?;
     Ok(match verdict {

@@ -14,7 +14,7 @@ use crate::config::Paths;
 /// What Pillion puts into its run directory.
 const IN_RUN_DIR: [&str; 2] = ["admin.sock", "agent.lock"];
 /// What Pillion puts into its state directory.
-const IN_STATE_DIR: [&str; 4] = ["attachments", "bin", "companions", "run"];
+const IN_STATE_DIR: [&str; 5] = ["attachments", "bin", "companions", "held.json", "run"];
 /// Deeper trees are not ours.
 const DEEPEST: usize = 16;
 
@@ -41,11 +41,9 @@ pub(crate) fn contents(paths: &Paths) -> Result<[(PathBuf, Contents); 2], Invent
     Ok([look(&paths.run_dir, &IN_RUN_DIR)?, look(&paths.state_dir, &IN_STATE_DIR)?])
 }
 
-/// A file is replaced by renaming over it one with a temporary name, such as `.name.123`.
+/// A file is replaced by renaming over it one with a suffix, and moved aside by giving it one.
 fn is_ours(name: &str, known: &[&str]) -> bool {
-    known.iter().any(|known| {
-        name == *known || name.strip_prefix('.').and_then(|name| name.strip_prefix(known)).is_some_and(|rest| rest.starts_with('.'))
-    })
+    known.iter().any(|known| name.strip_prefix(known).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
 }
 
 /// Adds sockets and files to `inventory`.
@@ -136,9 +134,9 @@ mod tests {
     }
 
     #[test]
-    fn temporary_names_are_known_by_what_they_replace() {
+    fn suffixed_names_are_known_by_what_they_replace() {
         for (name, ours) in
-            [("run", true), (".run.17", true), ("run.17", false), (".run", false), (".running.1", false), ("ssh", false)]
+            [("run", true), ("held.json.tmp", true), ("held.json.corrupt", true), (".run", false), ("running", false), ("ssh", false)]
         {
             assert_eq!(is_ours(name, &IN_STATE_DIR), ours, "{name}");
         }

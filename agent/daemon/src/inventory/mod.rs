@@ -149,14 +149,31 @@ pub(crate) fn take(paths: &Paths) -> Result<Inventory, InventoryError> {
     kernel_objects(&paths.pin_root, &mut inventory)?;
     cgroups::take(paths, &mounts, &mut inventory)?;
     for mount in &mounts {
-        if mount.mount_point.starts_with(&paths.run_dir) || mount.mount_point.starts_with(&paths.state_dir) {
-            inventory.ours.push(item(Kind::Mount, mount.mount_point.display(), Some(mount.fs_type.clone())));
+        let found = item(Kind::Mount, mount.mount_point.display(), Some(mount.fs_type.clone()));
+        match mount_is_ours(mount, paths) {
+            Some(true) => inventory.ours.push(found),
+            Some(false) => inventory.elsewhere.push(found),
+            None => {}
         }
     }
     files::take(paths, &mut inventory)?;
     inventory.ours.sort();
     inventory.elsewhere.sort();
     Ok(inventory)
+}
+
+/// Whether Pillion made the mount, and then whether it is this instance's to take back.
+fn mount_is_ours(mount: &MountInfo, paths: &Paths) -> Option<bool> {
+    let point = &mount.mount_point;
+    if point.starts_with(&paths.run_dir) || point.starts_with(&paths.state_dir) {
+        return Some(true);
+    }
+    let made_by_us = mount.fs_type == "bpf" && mount.mount_source.as_deref() == Some(pillion_redirect::MOUNT_SOURCE);
+    // With something pinned in it by somebody else, it stays.
+    made_by_us.then(|| {
+        paths.pin_root.starts_with(point)
+            && pillion_redirect::pins_below(point).is_ok_and(|pins| pins.iter().all(|pin| pin.starts_with(&paths.pin_root)))
+    })
 }
 
 fn kernel_objects(pin_root: &Path, inventory: &mut Inventory) -> Result<(), InventoryError> {
@@ -183,33 +200,34 @@ pub(crate) fn mounts() -> Result<Vec<MountInfo>, InventoryError> {
     mounts.map(|mounts| mounts.0).map_err(|error| InventoryError::of("mounts")(io::Error::other(error)))
 }
 
-/// The lock that an agent holds for as long as it runs.
+/// Whether an agent runs. It holds flock(2) locks for as long as it does.
 #[derive(Debug)]
-pub(crate) enum AgentLock {
-    /// There is no lock file: no agent has run since it was removed.
-    Absent,
-    /// No agent runs, and none can start while this lives.
-    Ours(#[expect(dead_code, reason = "held, not read")] Flock<fs::File>),
-    /// An agent runs; its pid, where it says so.
-    Held(Option<i32>),
+pub(crate) enum Agent {
+    /// None runs, and none can start while these live.
+    Absent(#[expect(dead_code, reason = "held, not read")] Vec<Flock<fs::File>>),
+    /// One runs; its pid, where it says so.
+    Running(Option<i32>),
 }
 
-/// Takes the lock if it can be had.
-pub(crate) fn agent_lock(paths: &Paths) -> Result<AgentLock, InventoryError> {
-    let path = paths.run_dir.join("agent.lock");
-    let file = match fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(AgentLock::Absent),
-        Err(error) => return Err(InventoryError::at("who holds", &path)(error)),
-    };
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(AgentLock::Ours(lock)),
-        Err((file, Errno::EWOULDBLOCK)) => {
-            let text = io::read_to_string(io::Read::take(file, 64)).unwrap_or_default();
-            Ok(AgentLock::Held(text.trim().parse().ok()))
+/// Takes the agent's locks if they can be had: on a file in the run directory, and on the state directory.
+pub(crate) fn agent(paths: &Paths) -> Result<Agent, InventoryError> {
+    let mut locks = Vec::new();
+    for path in [paths.run_dir.join("agent.lock"), paths.state_dir.clone()] {
+        let file = match fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(InventoryError::at("who holds", &path)(error)),
+        };
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => locks.push(lock),
+            Err((file, Errno::EWOULDBLOCK)) => {
+                let text = io::read_to_string(io::Read::take(file, 64)).unwrap_or_default();
+                return Ok(Agent::Running(text.trim().parse().ok()));
+            }
+            Err((_, errno)) => return Err(InventoryError::at("who holds", &path)(errno.into())),
         }
-        Err((_, errno)) => Err(InventoryError::at("who holds", &path)(errno.into())),
     }
+    Ok(Agent::Absent(locks))
 }
 
 pub(super) fn item(kind: Kind, name: impl fmt::Display, detail: Option<String>) -> Item {
