@@ -14,18 +14,18 @@ use std::{
 
 use rustix::{
     event::epoll::EventFlags,
-    io::Errno,
-    net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown},
+    net::{Shutdown, shutdown},
 };
 
 use super::{
     outq::unacknowledged,
+    peer::Peer,
     record::{Direction, Outcome, Record},
     socket::reset,
 };
 
 /// Bytes copied at a time.
-pub(super) const CHUNK: usize = 64 << 10;
+pub(super) const CHUNK: usize = 128 << 10;
 /// Chunks that one connection may copy in each direction before others have their turn.
 const TURN: usize = 16;
 
@@ -67,29 +67,6 @@ pub(super) struct Moved {
     pub(super) received: u64,
 }
 
-#[derive(Debug)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each is independent of the others; no enum could merge them"
-)]
-struct Peer {
-    socket: OwnedFd,
-    readable: bool,
-    writable: bool,
-    /// More than data may be waiting (an end, an error, an urgent mark): a short read does not mean "empty".
-    exhaust: bool,
-    /// Its stream has ended, or cannot be read any further.
-    ended: bool,
-    /// Its end has been passed on to it.
-    shut: bool,
-    broken: bool,
-    /// Read from the other side and not yet taken by this one. Empty, without memory, unless this side is slow.
-    pending: Vec<u8>,
-    pending_from: usize,
-    /// Bytes that this side took.
-    taken: u64,
-}
-
 /// A connection whose upstream is being dialled or has been reached.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -112,18 +89,7 @@ impl Connection {
         accepted: (SystemTime, Instant),
         sockets: [OwnedFd; 2],
     ) -> Self {
-        let peers = sockets.map(|socket| Peer {
-            socket,
-            readable: false,
-            writable: false,
-            exhaust: false,
-            ended: false,
-            shut: false,
-            broken: false,
-            pending: Vec::new(),
-            pending_from: 0,
-            taken: 0,
-        });
+        let peers = sockets.map(Peer::new);
         let (accepted_at, accepted) = accepted;
         Self {
             direction,
@@ -168,12 +134,7 @@ impl Connection {
     /// Notes an epoll event of one side.
     pub(super) fn note(&mut self, side: Side, flags: EventFlags) {
         let peer = &mut self.peers[side as usize];
-        peer.writable |= flags.contains(EventFlags::OUT);
-        peer.readable |= flags.contains(EventFlags::IN);
-        if flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR | EventFlags::PRI) {
-            peer.readable = true;
-            peer.exhaust = true;
-        }
+        peer.note(flags);
         if flags.contains(EventFlags::ERR) && (peer.ended || self.connect.is_none()) {
             // No read will come across it.
             self.break_off(side);
@@ -233,22 +194,31 @@ impl Connection {
             }
             let step = if sink.pending.is_empty() {
                 if source.ended {
-                    // A broken stream has no end to pass on.
-                    if !source.broken && !sink.shut {
+                    if source.broken {
+                        // There is no end to pass on.
+                        sink.release();
+                    } else if !sink.shut {
                         sink.shut = true;
-                        if shutdown(&sink.socket, Shutdown::Write).is_err() {
+                        // When the other direction has ended before, both sockets are closed now, which says it too.
+                        if !source.shut && shutdown(&sink.socket, Shutdown::Write).is_err() {
                             self.break_off(from.other());
                         }
                     }
                     return false;
                 }
-                if !source.readable || !sink.writable {
+                if !source.readable {
+                    sink.release();
                     return false;
                 }
-                source
-                    .read(scratch)
-                    .map_err(|()| from)
-                    .and_then(|length| sink.send(&scratch[..length]).map_err(|()| from.other()))
+                if !sink.writable {
+                    return false;
+                }
+                let read = source.read(scratch).map_err(|()| from);
+                read.and_then(|length| {
+                    // What filled the buffer is most probably followed by more.
+                    let more = length == scratch.len();
+                    sink.send(&scratch[..length], more).map_err(|()| from.other())
+                })
             } else if sink.writable {
                 sink.send_pending().map_err(|()| from.other())
             } else {
@@ -262,11 +232,7 @@ impl Connection {
     }
 
     fn break_off(&mut self, side: Side) {
-        let peer = &mut self.peers[side as usize];
-        peer.broken = true;
-        peer.readable = true;
-        peer.exhaust = true;
-        peer.pending = Vec::new();
+        self.peers[side as usize].break_off();
         self.failure.get_or_insert(match side {
             Side::Client => Outcome::ResetByClient,
             Side::Upstream => Outcome::ResetByUpstream,
@@ -294,72 +260,6 @@ impl Connection {
             reset(upstream.socket);
         }
         record
-    }
-}
-
-impl Peer {
-    /// Reads once; zero bytes when there is nothing now or no more at all. `Err` is a broken connection.
-    fn read(&mut self, into: &mut [u8]) -> Result<usize, ()> {
-        let size = into.len();
-        match recv(&self.socket, &mut *into, RecvFlags::empty()) {
-            Ok((_, 0)) => {
-                self.ended = true;
-                Ok(0)
-            }
-            Ok((_, length)) => {
-                // A short read has emptied the socket, and what arrives later raises a new event.
-                self.readable = length == size || self.exhaust;
-                Ok(length)
-            }
-            Err(Errno::AGAIN) => {
-                self.readable = false;
-                self.exhaust = false;
-                Ok(0)
-            }
-            Err(Errno::INTR) => Ok(0),
-            Err(_) => {
-                self.ended = true;
-                Err(())
-            }
-        }
-    }
-
-    /// Sends `bytes`, and keeps what the socket does not take now.
-    fn send(&mut self, bytes: &[u8]) -> Result<(), ()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let length = self.send_some(bytes)?;
-        self.pending.extend_from_slice(&bytes[length..]);
-        Ok(())
-    }
-
-    fn send_pending(&mut self) -> Result<(), ()> {
-        let pending = std::mem::take(&mut self.pending);
-        let length = self.send_some(&pending[self.pending_from..]);
-        self.pending_from += length?;
-        if self.pending_from < pending.len() {
-            self.pending = pending;
-        } else {
-            self.pending_from = 0;
-        }
-        Ok(())
-    }
-
-    fn send_some(&mut self, bytes: &[u8]) -> Result<usize, ()> {
-        match send(&self.socket, bytes, SendFlags::NOSIGNAL) {
-            Ok(length) => {
-                self.writable = length == bytes.len();
-                self.taken += length as u64;
-                Ok(length)
-            }
-            Err(Errno::AGAIN) => {
-                self.writable = false;
-                Ok(0)
-            }
-            Err(Errno::INTR) => Ok(0),
-            Err(_) => Err(()),
-        }
     }
 }
 
@@ -430,6 +330,16 @@ mod tests {
         }
         assert_eq!(got, written);
         assert_eq!(connection.peers[1].pending.capacity(), 0);
+    }
+
+    #[test]
+    fn what_fills_the_buffer_exactly_is_not_held_back() {
+        let (mut connection, mut ours, mut theirs) = connection();
+        let mut scratch = [0; 16];
+        ours.write_all(&[3; 32]).unwrap();
+        assert_eq!(advance(&mut connection, &mut scratch), Progress::Waiting);
+        assert!(!connection.peers[1].held);
+        theirs.read_exact(&mut [0; 32]).unwrap();
     }
 
     #[test]

@@ -177,7 +177,10 @@ impl Relay {
         let (token, side) = Token::of_event(event);
         let Some(connection) = self.connections.get(token) else { return };
         if side == Side::Upstream && !connection.is_connected() {
-            match socket::connect_result(connection.socket(Side::Upstream).as_fd()) {
+            let failed = flags.intersects(EventFlags::ERR | EventFlags::HUP);
+            let result =
+                if failed { socket::connect_result(connection.socket(side).as_fd()) } else { Ok(()) };
+            match result {
                 Ok(()) => {
                     connection.connected(now);
                     self.dialling_count -= 1;

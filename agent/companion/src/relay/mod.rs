@@ -6,6 +6,7 @@ mod engine;
 mod metrics;
 mod origin;
 mod outq;
+mod peer;
 mod record;
 mod slab;
 mod socket;

@@ -1,0 +1,148 @@
+//! One of the two sockets of a connection, read and written without ever waiting. Knows nothing of the other one.
+
+use std::os::fd::OwnedFd;
+
+use rustix::{
+    event::epoll::EventFlags,
+    io::Errno,
+    net::{RecvFlags, SendFlags, recv, send, sockopt},
+};
+
+/// One socket of a connection, its readiness, and what it has not yet taken.
+#[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is independent of the others; no enum could merge them"
+)]
+pub(super) struct Peer {
+    pub(super) socket: OwnedFd,
+    pub(super) readable: bool,
+    pub(super) writable: bool,
+    /// More than data may be waiting (an end, an error, an urgent mark): a short read does not mean "empty".
+    pub(super) exhaust: bool,
+    /// Its stream has ended, or cannot be read any further.
+    pub(super) ended: bool,
+    /// Its end has been passed on to it.
+    pub(super) shut: bool,
+    pub(super) broken: bool,
+    /// The end of what it took may wait for more in the kernel.
+    pub(super) held: bool,
+    /// Read from the other side and not yet taken by this one. Empty, without memory, unless this side is slow.
+    pub(super) pending: Vec<u8>,
+    pending_from: usize,
+    /// Bytes that this side took.
+    pub(super) taken: u64,
+}
+
+impl Peer {
+    pub(super) fn new(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            readable: false,
+            writable: false,
+            exhaust: false,
+            ended: false,
+            shut: false,
+            broken: false,
+            held: false,
+            pending: Vec::new(),
+            pending_from: 0,
+            taken: 0,
+        }
+    }
+
+    /// Notes what epoll says of the socket.
+    pub(super) fn note(&mut self, flags: EventFlags) {
+        self.writable |= flags.contains(EventFlags::OUT);
+        self.readable |= flags.contains(EventFlags::IN);
+        if flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR | EventFlags::PRI) {
+            self.readable = true;
+            self.exhaust = true;
+        }
+    }
+
+    /// It failed: nothing can be sent to it, but what it had sent may still be read.
+    pub(super) fn break_off(&mut self) {
+        self.broken = true;
+        self.readable = true;
+        self.exhaust = true;
+        self.pending = Vec::new();
+    }
+
+    /// Reads once; zero bytes when there is nothing now or no more at all. `Err` is a broken connection.
+    pub(super) fn read(&mut self, into: &mut [u8]) -> Result<usize, ()> {
+        let size = into.len();
+        match recv(&self.socket, &mut *into, RecvFlags::empty()) {
+            Ok((_, 0)) => {
+                self.ended = true;
+                Ok(0)
+            }
+            Ok((_, length)) => {
+                // A short read has emptied the socket, and what arrives later raises a new event.
+                self.readable = length == size || self.exhaust;
+                Ok(length)
+            }
+            Err(Errno::AGAIN) => {
+                self.readable = false;
+                self.exhaust = false;
+                Ok(0)
+            }
+            Err(Errno::INTR) => Ok(0),
+            Err(_) => {
+                self.ended = true;
+                Err(())
+            }
+        }
+    }
+
+    /// Sends `bytes`, and keeps what the socket does not take now.
+    ///
+    /// With `more` the last bytes, when they are less than a segment, wait in the kernel for what follows instead of
+    /// becoming a packet of their own; [`Peer::release`] must follow when nothing does.
+    pub(super) fn send(&mut self, bytes: &[u8], more: bool) -> Result<(), ()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let length = self.send_some(bytes, more)?;
+        self.pending.extend_from_slice(&bytes[length..]);
+        Ok(())
+    }
+
+    /// Nothing follows for now what was sent as "more to come".
+    pub(super) fn release(&mut self) {
+        if std::mem::take(&mut self.held) {
+            // Setting the option, even if it is set, sends what is held (tcp(7)). A dead socket tells elsewhere.
+            let _ = sockopt::set_tcp_nodelay(&self.socket, true);
+        }
+    }
+
+    pub(super) fn send_pending(&mut self) -> Result<(), ()> {
+        let pending = std::mem::take(&mut self.pending);
+        let length = self.send_some(&pending[self.pending_from..], false);
+        self.pending_from += length?;
+        if self.pending_from < pending.len() {
+            self.pending = pending;
+        } else {
+            self.pending_from = 0;
+        }
+        Ok(())
+    }
+
+    fn send_some(&mut self, bytes: &[u8], more: bool) -> Result<usize, ()> {
+        self.held = more;
+        let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+        match send(&self.socket, bytes, flags) {
+            Ok(length) => {
+                self.writable = length == bytes.len();
+                self.taken += length as u64;
+                Ok(length)
+            }
+            Err(Errno::AGAIN) => {
+                self.writable = false;
+                Ok(0)
+            }
+            Err(Errno::INTR) => Ok(0),
+            Err(_) => Err(()),
+        }
+    }
+}
