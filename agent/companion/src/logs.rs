@@ -364,3 +364,124 @@ fn read_mark(mark: &File) -> u64 {
     let read = mark.read_at(&mut text, 0).unwrap_or(0);
     std::str::from_utf8(&text[..read]).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, io::Write, os::unix::fs::MetadataExt};
+
+    use super::*;
+
+    fn test_directory(name: &str) -> PathBuf {
+        let directory = std::env::temp_dir().join(format!("pillion-logs-{name}-{}", std::process::id()));
+        fs::create_dir_all(&directory).expect("temporary directory");
+        directory
+    }
+
+    fn append(directory: &Path, stream: Stream, text: impl AsRef<[u8]>) {
+        let identity = Identity {
+            uid: nix::unistd::geteuid().as_raw(),
+            gid: nix::unistd::getegid().as_raw(),
+            groups: Vec::new(),
+        };
+        let mut file = File::from(open_for_companion(directory, stream, &identity).expect("open"));
+        file.write_all(text.as_ref()).expect("written");
+    }
+
+    async fn hub(directory: &Path, capacity: usize) -> (LogHub, mpsc::Receiver<LogLine>) {
+        let (sink, lines) = mpsc::channel(capacity);
+        let hub = LogHub::spawn(sink).expect("inotify");
+        let (workload, companion) = ("a/b".parse().expect("valid"), "c".parse().expect("valid"));
+        hub.follow(&workload, &companion, directory).await.expect("followed");
+        (hub, lines)
+    }
+
+    async fn next(lines: &mut mpsc::Receiver<LogLine>) -> (Stream, String) {
+        let line = timeout(Duration::from_secs(10), lines.recv()).await.expect("in time").expect("a line");
+        (line.stream, line.line)
+    }
+
+    #[test]
+    fn lines_are_cut_at_their_ends_and_at_their_bound() {
+        let long = "x".repeat(LONGEST_LINE);
+        let longer = format!("{long}y\n");
+        let exact = format!("{long}\n");
+        for (text, last, want) in [
+            ("", true, None),
+            ("a", false, None),
+            ("a", true, Some(("a", 1))),
+            ("a\nb", false, Some(("a", 2))),
+            ("a\r\n", false, Some(("a", 3))),
+            ("\n", false, Some(("", 1))),
+            (exact.as_str(), false, Some((long.as_str(), LONGEST_LINE + 1))),
+            (longer.as_str(), false, Some((long.as_str(), LONGEST_LINE))),
+        ] {
+            let want = want.map(|(line, used)| (line.as_bytes(), used));
+            assert_eq!(next_line(text.as_bytes(), last), want, "{:?}", &text[..text.len().min(9)]);
+        }
+    }
+
+    #[tokio::test]
+    async fn output_is_handed_on_once_over_restarts_of_the_agent() {
+        let directory = test_directory("restart");
+        append(&directory, Stream::Output, "one\ntwo\nunfin");
+        let (first, mut lines) = hub(&directory, 16).await;
+        assert_eq!(next(&mut lines).await, (Stream::Output, "one".into()));
+        assert_eq!(next(&mut lines).await, (Stream::Output, "two".into()));
+        append(&directory, Stream::Errors, b"\xff!\n");
+        assert_eq!(next(&mut lines).await, (Stream::Errors, "\u{fffd}!".into()));
+        drop((first, lines));
+        append(&directory, Stream::Output, "ished\nthree");
+        let (second, mut lines) = hub(&directory, 16).await;
+        assert_eq!(next(&mut lines).await, (Stream::Output, "unfinished".into()));
+        second.finish(&directory).await;
+        assert_eq!(next(&mut lines).await, (Stream::Output, "three".into()));
+        fs::remove_dir_all(&directory).expect("removed");
+    }
+
+    #[tokio::test]
+    async fn a_flood_is_handed_on_without_loss_and_its_space_is_given_back() {
+        const LINES: usize = 200_000;
+        let directory = test_directory("flood");
+        let (hub, mut lines) = hub(&directory, 64).await;
+        let writer = {
+            let directory = directory.clone();
+            tokio::task::spawn_blocking(move || {
+                for block in 0..LINES / 1000 {
+                    let text: Vec<_> = (0..1000).map(|i| format!("{:060}\n", block * 1000 + i)).collect();
+                    append(&directory, Stream::Output, text.concat());
+                }
+            })
+        };
+        for number in 0..LINES {
+            assert_eq!(next(&mut lines).await.1, format!("{number:060}"));
+        }
+        writer.await.expect("written");
+        hub.finish(&directory).await;
+        let metadata = fs::metadata(directory.join("stdout")).expect("there");
+        assert!(metadata.blocks() * 512 <= 2 * GIVE_BACK, "{} blocks", metadata.blocks());
+        fs::remove_dir_all(&directory).expect("removed");
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_is_slow_loses_nothing_and_blocks_no_finish() {
+        let directory = test_directory("slow");
+        let (hub, mut lines) = hub(&directory, 1).await;
+        append(&directory, Stream::Output, "1\n2\n3\n");
+        timeout(FINISH * 3, hub.finish(&directory)).await.expect("bounded");
+        assert_eq!(next(&mut lines).await.1, "1");
+        // The rest was not taken in time; the mark says so.
+        assert_eq!(fs::read_to_string(directory.join("stdout.offset")).expect("there"), format!("{:020}", 2));
+        fs::remove_dir_all(&directory).expect("removed");
+    }
+
+    #[tokio::test]
+    async fn a_companion_may_truncate_its_own_output() {
+        let directory = test_directory("truncate");
+        append(&directory, Stream::Output, "a long first line\n");
+        let (_hub, mut lines) = hub(&directory, 16).await;
+        assert_eq!(next(&mut lines).await.1, "a long first line");
+        fs::write(directory.join("stdout"), "x\n").expect("written");
+        assert_eq!(next(&mut lines).await.1, "x");
+        fs::remove_dir_all(&directory).expect("removed");
+    }
+}

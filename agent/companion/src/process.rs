@@ -202,7 +202,8 @@ fn from_procfs(error: procfs::ProcError) -> io::Error {
 }
 
 pub(crate) fn open(pid: Pid) -> Result<Option<OwnedFd>, ProcessError> {
-    let raw = rustix::process::Pid::from_raw(pid.0)
+    // `from_raw` takes negative numbers for a fault of the program; ours may come from a file.
+    let raw = rustix::process::Pid::from_raw(pid.0.max(0))
         .ok_or_else(|| error("open", pid)(io::ErrorKind::InvalidInput.into()))?;
     match pidfd_open(raw, PidfdFlags::empty()) {
         Ok(pidfd) => Ok(Some(pidfd)),
@@ -226,6 +227,7 @@ mod tests {
         for (script, want) in
             [("exit 0", Ending::Code(0)), ("exit 7", Ending::Code(7)), ("kill -9 $$", Ending::Signal(9))]
         {
+            #[expect(clippy::zombie_processes, reason = "reaping it is what is tested")]
             let child = Command::new("/bin/sh").args(["-c", script]).spawn().expect("a shell");
             let process = Process::child(Pid(i32::try_from(child.id()).expect("a pid"))).expect("ours");
             assert_eq!(process.ended().await.expect("waited"), want, "{script}");

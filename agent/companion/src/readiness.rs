@@ -13,7 +13,7 @@ use pillion_workload::{Probe, ReadyCompanion};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use crate::{
@@ -34,6 +34,9 @@ const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
 /// Looks in a row that must find somebody else on a port, so that a socket on its way between two processes of the
 /// companion is not taken for a stranger's.
 const FOREIGN_LOOKS: u32 = 3;
+/// A courtesy to the companion's log, in time and bytes.
+const LONGEST_FAREWELL: Duration = Duration::from_secs(1);
+const LONGEST_BODY: u64 = 256 * 1024;
 /// A status line and its headers need no more, in bytes.
 const LONGEST_ANSWER: usize = 4096;
 
@@ -129,6 +132,7 @@ impl Candidate<'_> {
             Probe::Http { port, path } => {
                 let mut stream = self.connect(*port).await.map_err(|error| error.to_string())?;
                 let status = http_status(&mut stream, path).await?;
+                tokio::spawn(timeout(LONGEST_FAREWELL, take_leave(stream)));
                 if (200..400).contains(&status) {
                     Ok(())
                 } else {
@@ -186,6 +190,11 @@ async fn http_status(stream: &mut TcpStream, path: &str) -> Result<u16, String> 
         }
     }
     parse_status(&answer).ok_or_else(|| "the answer is not HTTP".to_owned())
+}
+
+/// Reads the rest of the answer: closing a socket with unread data resets the connection, which servers log.
+async fn take_leave(stream: TcpStream) {
+    let _ = tokio::io::copy(&mut stream.take(LONGEST_BODY), &mut tokio::io::sink()).await;
 }
 
 /// `HTTP/1.x SP 3DIGIT` (RFC 9112, 4).

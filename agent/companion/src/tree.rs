@@ -126,7 +126,7 @@ fn is_dot(name: &CStr) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink, path::PathBuf};
+    use std::{fs, os::unix::fs::symlink};
 
     use super::*;
 
@@ -154,6 +154,6 @@ mod tests {
         assert!(outside.join("precious").exists());
         remove(&victim).expect("gone already");
         remove(&base).expect("removed");
-        assert!(!PathBuf::from(base).exists());
+        assert!(!base.exists());
     }
 }

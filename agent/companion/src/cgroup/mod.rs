@@ -341,6 +341,39 @@ mod tests {
         }
     }
 
+    /// Plain files stand for the kernel's: which of them are written, and with what.
+    #[test]
+    fn cgroup2_is_preferred_and_its_controllers_are_enabled_on_the_way_down() {
+        let base = std::env::temp_dir().join(format!("pillion-cgroup-{}", std::process::id()));
+        let (v2, v1) = (base.join("v2"), base.join("v1"));
+        let path = CgroupPath::try_from("a/b").expect("valid");
+        fs::create_dir_all(path.below(&v2)).expect("temporary directory");
+        fs::create_dir_all(path.below(&v1)).expect("temporary directory");
+        fs::write(v2.join("cgroup.subtree_control"), "cpu memory pids").expect("written");
+        let roots = CgroupRoots {
+            v2: v2.clone(),
+            v2_controllers: BTreeSet::from([Controller::Memory]),
+            v1: BTreeMap::from([(Controller::Memory, v1.clone()), (Controller::Pids, v1.clone())]),
+        };
+        let enabled = roots.enable_controllers(&path);
+        let resources = Resources { memory: Some(7), pids: Some(9), cpu_millis: None };
+        roots.limit(&path, &resources, &enabled).expect("both can be enforced");
+        let read = |file: PathBuf| fs::read_to_string(file).ok();
+        let slice = v2.join(SLICE);
+        assert_eq!(
+            read(v2.join("cgroup.subtree_control")).as_deref(),
+            Some("cpu memory pids"),
+            "was enabled"
+        );
+        assert_eq!(read(slice.join("cgroup.subtree_control")).as_deref(), Some("+memory"));
+        assert_eq!(read(slice.join("a/cgroup.subtree_control")).as_deref(), Some("+memory"));
+        assert_eq!(read(slice.join("a/b/cgroup.subtree_control")), None, "processes live there");
+        assert_eq!(read(slice.join("a/b/memory.max")).as_deref(), Some("7"));
+        assert_eq!(read(path.below(&v1).join("memory.limit_in_bytes")), None, "cgroup2 does it");
+        assert_eq!(read(path.below(&v1).join("pids.max")).as_deref(), Some("9"));
+        fs::remove_dir_all(&base).expect("removed");
+    }
+
     #[test]
     fn a_limit_without_controller_is_an_error() {
         let roots = CgroupRoots {
