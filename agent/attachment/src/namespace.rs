@@ -1,0 +1,214 @@
+//! Looks around in a workload's network namespace: which ports are free, and which addresses are its own. Claims ports among
+//! all Pillion processes.
+//!
+//! Owns the claims: abstract Unix sockets named after the port, which are per network namespace, exclusive, and gone with
+//! the process that holds them. So two `pillion run` in the host's namespace never choose the same port, although
+//! their companions bind later. Never enters a namespace on a thread of the async runtime.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket},
+    os::fd::{AsRawFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns},
+    sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, UnixAddr, bind,
+        listen, setsockopt, socket, sockopt,
+    },
+};
+use pillion_redirect::Sources;
+use pillion_workload::Plan;
+
+use crate::ports::{PortError, Resolved, resolve};
+
+/// A thousand binds take a few milliseconds.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// Why ports cannot be settled in a namespace.
+#[derive(Debug, thiserror::Error)]
+pub enum NamespaceError {
+    /// The namespace cannot be entered.
+    #[error("cannot enter the workload's network namespace")]
+    Enter(#[source] io::Error),
+    /// No answer in time, or no answer at all.
+    #[error("looking for free ports in the workload's network namespace did not end within {DEADLINE:?}")]
+    Deadline,
+    /// No port is free.
+    #[error(transparent)]
+    Ports(#[from] PortError),
+}
+
+/// Ports that this process has claimed. Dropping it gives them up.
+#[derive(Debug, Default)]
+pub(crate) struct Claims(BTreeMap<u16, OwnedFd>);
+
+impl Claims {
+    /// Gives up the ports that `resolved` does not have any more.
+    pub(crate) fn keep_only(&mut self, resolved: &Resolved) {
+        self.0.retain(|port, _| resolved.allocated.contains(port));
+    }
+
+    pub(crate) fn join(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+}
+
+/// What was found and claimed.
+#[derive(Debug)]
+pub(crate) struct Settled {
+    pub(crate) resolved: Resolved,
+    pub(crate) claims: Claims,
+    pub(crate) sources: Sources,
+}
+
+/// Settles the ports of `plan` within `netns`.
+pub(crate) async fn settle(
+    netns: Arc<OwnedFd>,
+    plan: Arc<Plan>,
+    previous: Option<Resolved>,
+) -> Result<Settled, NamespaceError> {
+    within(netns, move || {
+        let mut claims = Claims::default();
+        let resolved = resolve(&plan, previous.as_ref(), |port| {
+            let Some(claim) = claim(port).filter(|_| is_free(port)) else { return false };
+            claims.0.insert(port, claim);
+            true
+        })?;
+        Ok(Settled { resolved, claims, sources: sources() })
+    })
+    .await?
+}
+
+/// Claims the ports of an adopted attachment again, as far as nobody else has meanwhile: its companions listen on
+/// them, so that a lost claim does no harm.
+pub(crate) async fn claim_again(netns: Arc<OwnedFd>, resolved: &Resolved) -> Claims {
+    let ports = resolved.allocated.clone();
+    let claims =
+        within(netns, move || ports.iter().filter_map(|port| Some((*port, claim(*port)?))).collect()).await;
+    Claims(claims.unwrap_or_default())
+}
+
+/// Runs `look` on a thread of its own that has entered `netns`, because the namespace is the thread's.
+async fn within<T: Send + 'static>(
+    netns: Arc<OwnedFd>,
+    look: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, NamespaceError> {
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    let body = move || {
+        let result = setns(&*netns, CloneFlags::CLONE_NEWNET).map(|()| look());
+        // The asker has given up: nothing to tell.
+        let _ = answer.send(result);
+    };
+    std::thread::Builder::new().name("netns".to_owned()).spawn(body).map_err(NamespaceError::Enter)?;
+    match tokio::time::timeout(DEADLINE, answered).await {
+        Ok(Ok(result)) => result.map_err(|errno| NamespaceError::Enter(errno.into())),
+        Ok(Err(_)) | Err(_) => Err(NamespaceError::Deadline),
+    }
+}
+
+/// The addresses that the kernel would choose towards the default route. Connecting a datagram socket sends nothing.
+fn sources() -> Sources {
+    let towards = |own: SocketAddr, far: SocketAddr| {
+        let socket = UdpSocket::bind(own).ok()?;
+        socket.connect(far).ok()?;
+        socket.local_addr().ok().map(|address| address.ip())
+    };
+    let mut sources = Sources::default();
+    // Addresses for documentation (RFC 5737, RFC 3849): nobody has a route of their own to them.
+    let v4 = (Ipv4Addr::UNSPECIFIED, 0).into();
+    if let Some(IpAddr::V4(address)) = towards(v4, (Ipv4Addr::new(192, 0, 2, 1), 9).into()) {
+        sources.v4 = address;
+    }
+    let v6 = (Ipv6Addr::UNSPECIFIED, 0).into();
+    let far = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    if let Some(IpAddr::V6(address)) = towards(v6, (far, 9).into()) {
+        sources.v6 = address;
+    }
+    sources
+}
+
+fn claim(port: u16) -> Option<OwnedFd> {
+    let address = UnixAddr::new_abstract(format!("pillion/companion-port/{port}").as_bytes()).ok()?;
+    let claim = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).ok()?;
+    bind(claim.as_raw_fd(), &address).ok()?;
+    Some(claim)
+}
+
+/// Whether nobody listens on the port on any address. Connections in `TIME_WAIT` are not in the way.
+fn is_free(port: u16) -> bool {
+    let v4 = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port));
+    let v6 = SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0));
+    can_listen(AddressFamily::Inet, &v4) && can_listen(AddressFamily::Inet6, &v6)
+}
+
+fn can_listen(family: AddressFamily, address: &dyn SockaddrLike) -> bool {
+    let attempt = || {
+        let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        if family == AddressFamily::Inet6 {
+            setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+        }
+        bind(socket.as_raw_fd(), address)?;
+        listen(&socket, Backlog::new(1)?)
+    };
+    match attempt() {
+        // A namespace without IPv6 has no IPv6 listeners.
+        Ok(()) | Err(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL) => true,
+        Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use pillion_workload::Target;
+
+    use super::*;
+    use crate::testing::{outbound, plan};
+
+    #[test]
+    fn a_listener_is_in_the_way_whatever_its_family() {
+        for address in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0", "[::]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let port = listener.local_addr().unwrap().port();
+            assert!(!is_free(port), "{address}");
+            drop(listener);
+            assert!(is_free(port), "{address}");
+        }
+    }
+
+    #[test]
+    fn a_port_is_claimed_once() {
+        let first = claim(64999).unwrap();
+        assert!(claim(64999).is_none());
+        drop(first);
+        assert!(claim(64999).is_some());
+    }
+
+    /// Entering even one's own namespace takes `CAP_SYS_ADMIN`: without it the error must say so.
+    #[tokio::test]
+    async fn two_workloads_of_a_namespace_get_different_ports() {
+        let netns: Arc<OwnedFd> = Arc::new(std::fs::File::open("/proc/self/ns/net").unwrap().into());
+        let mut plan = plan(&["a"]);
+        plan.redirect.outbound = Some(outbound(Target { companion: "a".parse().unwrap(), port: None }));
+        let plan = Arc::new(plan);
+        let first = settle(netns.clone(), plan.clone(), None).await;
+        if !nix::unistd::geteuid().is_root() {
+            assert!(matches!(first, Err(NamespaceError::Enter(_))));
+            return;
+        }
+        let first = first.unwrap();
+        let second = settle(netns.clone(), plan.clone(), None).await.unwrap();
+        assert_ne!(first.resolved.allocated, second.resolved.allocated);
+        drop(first.claims);
+        let third = settle(netns, plan, None).await.unwrap();
+        assert_eq!(first.resolved.allocated, third.resolved.allocated);
+    }
+}

@@ -1,0 +1,245 @@
+//! Which ports companions listen on: as the policy says, or the defaults, or free ones of the namespace.
+//!
+//! Pure: the question whether a port is free goes through a closure. Never looks at a socket (`namespace` does).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use pillion_companion::ResolvedPorts;
+use pillion_workload::{CompanionName, Plan, Probe, RedirectSpec};
+
+/// Where outbound connections go when the policy leaves the port out: what service meshes use.
+pub const DEFAULT_OUTBOUND: u16 = 15001;
+/// Where inbound connections go when the policy leaves the port out.
+pub const DEFAULT_INBOUND: u16 = 15006;
+/// Tried when a default is taken. Below the range of ephemeral ports (32768 and up), so that no outgoing connection
+/// of the workload can be in the way.
+const FALLBACKS: std::ops::RangeInclusive<u16> = 15100..=15999;
+
+/// A plan's redirection with every port filled in.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resolved {
+    /// Every target has a port.
+    pub redirect: RedirectSpec,
+    /// For each companion of the plan.
+    pub companions: BTreeMap<CompanionName, ResolvedPorts>,
+    /// Those that the policy left out.
+    pub allocated: BTreeSet<u16>,
+}
+
+impl Resolved {
+    /// What [`resolve`] had answered for `plan` when it gave `redirect`.
+    pub(crate) fn recall(plan: &Plan, redirect: &RedirectSpec) -> Self {
+        let mut resolved = Self { redirect: redirect.clone(), ..Self::default() };
+        for spec in &plan.companions {
+            resolved.companions.entry(spec.name.clone()).or_default();
+        }
+        if let Some(outbound) = &redirect.outbound
+            && let Some(port) = outbound.to.port
+        {
+            let ports = resolved.companions.entry(outbound.to.companion.clone()).or_default();
+            ports.outbound = Some(port);
+            ports.listening.insert(port);
+            if plan.redirect.outbound.as_ref().is_some_and(|planned| planned.to.port.is_none()) {
+                resolved.allocated.insert(port);
+            }
+        }
+        for (rule, planned) in redirect.inbound.iter().zip(&plan.redirect.inbound) {
+            let Some(port) = rule.to.port else { continue };
+            let ports = resolved.companions.entry(rule.to.companion.clone()).or_default();
+            ports.inbound.get_or_insert(port);
+            ports.listening.insert(port);
+            if planned.to.port.is_none() {
+                resolved.allocated.insert(port);
+            }
+        }
+        resolved
+    }
+}
+
+/// Why ports cannot be settled.
+#[derive(Debug, thiserror::Error)]
+pub enum PortError {
+    /// Everything that was tried is taken.
+    #[error(
+        "no free port for companion {companion} in the workload's network namespace: {preferred} and {} to {} are taken",
+        FALLBACKS.start(), FALLBACKS.end()
+    )]
+    NoneFree {
+        /// Whose.
+        companion: CompanionName,
+        /// The default.
+        preferred: u16,
+    },
+}
+
+/// Fills in the ports of `plan`. What `previous` allocated for the same companion and direction is kept.
+///
+/// `claim` says whether a port is free, and claims it if so.
+pub(crate) fn resolve(
+    plan: &Plan,
+    previous: Option<&Resolved>,
+    mut claim: impl FnMut(u16) -> bool,
+) -> Result<Resolved, PortError> {
+    let mut resolved = Resolved { redirect: plan.redirect.clone(), ..Resolved::default() };
+    let mut spoken_for = named_ports(plan);
+    let mut allocate = |companion: &CompanionName, preferred: u16, kept: Option<u16>| {
+        let port = kept
+            .filter(|port| !spoken_for.contains(port))
+            .or_else(|| {
+                std::iter::once(preferred)
+                    .chain(FALLBACKS)
+                    .find(|port| !spoken_for.contains(port) && claim(*port))
+            })
+            .ok_or_else(|| PortError::NoneFree { companion: companion.clone(), preferred })?;
+        spoken_for.insert(port);
+        resolved.allocated.insert(port);
+        Ok::<u16, PortError>(port)
+    };
+
+    let mut companions: BTreeMap<CompanionName, ResolvedPorts> =
+        plan.companions.iter().map(|spec| (spec.name.clone(), ResolvedPorts::default())).collect();
+    if let Some(outbound) = &mut resolved.redirect.outbound {
+        let name = &outbound.to.companion;
+        let port = match outbound.to.port {
+            Some(port) => port,
+            None => allocate(name, DEFAULT_OUTBOUND, kept_outbound(previous, name))?,
+        };
+        outbound.to.port = Some(port);
+        let ports = companions.entry(name.clone()).or_default();
+        ports.outbound = Some(port);
+        ports.listening.insert(port);
+    }
+    let mut inbound_of: BTreeMap<CompanionName, u16> = BTreeMap::new();
+    for rule in &mut resolved.redirect.inbound {
+        let name = &rule.to.companion;
+        let port = match (rule.to.port, inbound_of.get(name)) {
+            (Some(port), _) | (None, Some(&port)) => port,
+            (None, None) => {
+                let port = allocate(name, DEFAULT_INBOUND, kept_inbound(previous, name))?;
+                inbound_of.insert(name.clone(), port);
+                port
+            }
+        };
+        rule.to.port = Some(port);
+        let ports = companions.entry(name.clone()).or_default();
+        ports.inbound.get_or_insert(port);
+        ports.listening.insert(port);
+    }
+    resolved.companions = companions;
+    Ok(resolved)
+}
+
+/// Ports that the plan names and that therefore are nobody else's.
+fn named_ports(plan: &Plan) -> BTreeSet<u16> {
+    let redirect = &plan.redirect;
+    let targets = redirect.outbound.iter().map(|rule| &rule.to).chain(redirect.inbound.iter().map(|r| &r.to));
+    let probes = plan.companions.iter().filter_map(|spec| match &spec.ready.probe {
+        Some(Probe::Tcp { port } | Probe::Http { port, .. }) => Some(*port),
+        Some(Probe::Exec { .. }) | None => None,
+    });
+    targets
+        .filter_map(|target| target.port)
+        .chain(redirect.inbound.iter().flat_map(|rule| rule.ports.iter().copied()))
+        .chain(probes)
+        .collect()
+}
+
+fn kept_outbound(previous: Option<&Resolved>, companion: &CompanionName) -> Option<u16> {
+    let previous = previous?;
+    previous.companions.get(companion)?.outbound.filter(|port| previous.allocated.contains(port))
+}
+
+fn kept_inbound(previous: Option<&Resolved>, companion: &CompanionName) -> Option<u16> {
+    let previous = previous?;
+    let rules = previous.redirect.inbound.iter().filter(|rule| rule.to.companion == *companion);
+    rules.filter_map(|rule| rule.to.port).find(|port| previous.allocated.contains(port))
+}
+
+#[cfg(test)]
+mod tests {
+    use pillion_workload::Target;
+
+    use super::*;
+    use crate::testing::{inbound, outbound, plan};
+
+    fn target(text: &str) -> Target {
+        let (companion, port) = text.split_once(':').map_or((text, None), |(name, port)| (name, Some(port)));
+        Target { companion: companion.parse().unwrap(), port: port.map(|port| port.parse().unwrap()) }
+    }
+
+    /// (outbound, inbound rules, taken ports) to (outbound port, inbound ports)
+    #[test]
+    fn given_then_default_then_free() {
+        type Row<'a> = (Option<&'a str>, &'a [(&'a [u16], &'a str)], &'a [u16], Option<u16>, &'a [u16]);
+        let table: &[Row<'_>] = &[
+            (Some("a:9000"), &[], &[9000], Some(9000), &[]),
+            (Some("a"), &[], &[], Some(15001), &[]),
+            (Some("a"), &[], &[15001], Some(15100), &[]),
+            (Some("a"), &[], &[15001, 15100, 15101], Some(15102), &[]),
+            (Some("a"), &[(&[8080], "a")], &[], Some(15001), &[15006]),
+            (None, &[(&[80], "a"), (&[443], "a")], &[], None, &[15006, 15006]),
+            (None, &[(&[80], "a"), (&[443], "b")], &[], None, &[15006, 15100]),
+            (None, &[(&[80], "a:1"), (&[443], "a:2")], &[], None, &[1, 2]),
+            (None, &[(&[80], "a:1"), (&[443], "a")], &[], None, &[1, 15006]),
+            // An application port, and a port given elsewhere in the plan, are never allocated.
+            (Some("a"), &[(&[15001], "a:15006")], &[], Some(15100), &[15006]),
+            (Some("a"), &[(&[80], "b:15001")], &[], Some(15100), &[15001]),
+        ];
+        for (out, ins, taken, wanted_out, wanted_ins) in table {
+            let mut plan = plan(&["a", "b"]);
+            plan.redirect.outbound = out.map(|to| outbound(target(to)));
+            plan.redirect.inbound = ins.iter().map(|(ports, to)| inbound(ports, target(to))).collect();
+            let resolved = resolve(&plan, None, |port| !taken.contains(&port)).unwrap();
+            let got_out = resolved.redirect.outbound.as_ref().and_then(|rule| rule.to.port);
+            let got_ins: Vec<u16> =
+                resolved.redirect.inbound.iter().filter_map(|rule| rule.to.port).collect();
+            assert_eq!(
+                (got_out, got_ins.as_slice()),
+                (*wanted_out, *wanted_ins),
+                "{out:?} {ins:?} {taken:?}"
+            );
+            assert_eq!(Resolved::recall(&plan, &resolved.redirect), resolved, "from a record");
+        }
+    }
+
+    #[test]
+    fn a_companion_learns_all_its_ports() {
+        let mut plan = plan(&["a"]);
+        plan.redirect.outbound = Some(outbound(target("a")));
+        plan.redirect.inbound = vec![inbound(&[80], target("a:81")), inbound(&[443], target("a"))];
+        let resolved = resolve(&plan, None, |_| true).unwrap();
+        let ports = &resolved.companions[&"a".parse().unwrap()];
+        assert_eq!((ports.outbound, ports.inbound), (Some(15001), Some(81)));
+        assert_eq!(ports.listening, BTreeSet::from([81, 15001, 15006]));
+        assert_eq!(resolved.allocated, BTreeSet::from([15001, 15006]));
+    }
+
+    #[test]
+    fn a_changed_plan_keeps_what_was_allocated() {
+        let mut plan = plan(&["a"]);
+        plan.redirect.outbound = Some(outbound(target("a")));
+        plan.redirect.inbound = vec![inbound(&[80], target("a"))];
+        let first = resolve(&plan, None, |port| port >= 15200).unwrap();
+        plan.redirect.inbound[0].ports.insert(81);
+        let asked = std::cell::Cell::new(0);
+        let second = resolve(&plan, Some(&first), |_| {
+            asked.set(asked.get() + 1);
+            true
+        })
+        .unwrap();
+        assert_eq!(second.companions, first.companions);
+        assert_eq!(asked.get(), 0, "its own listeners are not in its way");
+        // Unless the policy now claims that port for something else.
+        plan.redirect.inbound[0].ports.insert(15200);
+        let third = resolve(&plan, Some(&second), |_| true).unwrap();
+        assert_eq!(third.redirect.outbound.unwrap().to.port, Some(15001));
+    }
+
+    #[test]
+    fn an_exhausted_namespace_is_an_error() {
+        let mut plan = plan(&["a"]);
+        plan.redirect.outbound = Some(outbound(target("a")));
+        let error = resolve(&plan, None, |_| false).unwrap_err();
+        assert!(error.to_string().contains("15001 and 15100 to 15999 are taken"), "{error}");
+    }
+}
