@@ -6,7 +6,9 @@
 
 mod apt;
 mod bpf_linker;
+mod deny;
 mod envoy;
+mod program;
 
 use std::{
     fs::{self, File, TryLockError},
@@ -57,6 +59,13 @@ pub(crate) fn run() -> Result<()> {
     drop(lock);
     println!("ready after {:.1} s", started.elapsed().as_secs_f32());
     Ok(())
+}
+
+/// cargo-deny, which only the tests need; call [`run`] before.
+pub(crate) fn cargo_deny() -> Result<PathBuf> {
+    let tools = tools_directory()?;
+    let _lock = lock(&tools)?;
+    deny::install(&tools)
 }
 
 /// Where tools are kept, over all checkouts of this user.

@@ -6,7 +6,7 @@
 mod suites;
 mod tally;
 
-use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
 use tally::Tally;
@@ -71,23 +71,19 @@ fn checks(tally: &mut Tally) {
         clippy.arg("clippy").args(WORKSPACE).args(["--locked", "--all-targets", "--", "-D", "warnings"]);
         shell::run(&mut clippy)
     });
-    match cargo_deny() {
-        Some(deny) => tally.check("cargo deny", || {
-            let mut command = std::process::Command::new(deny);
-            shell::run(command.current_dir(shell::checkout()).args([
-                "--log-level",
-                "error",
-                "check",
-                "--disable-fetch",
-            ]))
-        }),
-        // Not a test of this code: licences and sources change only with Cargo.lock.
-        None => println!("== cargo deny is not installed: deny.toml was not applied"),
-    }
-}
-
-fn cargo_deny() -> Option<PathBuf> {
-    shell::find("cargo-deny")
+    tally.check("cargo deny", || {
+        let mut deny = Command::new(setup::cargo_deny()?);
+        // Advisories would be fetched from a place that is not always within reach.
+        deny.current_dir(shell::checkout()).args([
+            "--log-level",
+            "error",
+            "check",
+            "bans",
+            "licenses",
+            "sources",
+        ]);
+        shell::run(&mut deny)
+    });
 }
 
 fn unit_tests(tally: &mut Tally) {

@@ -1,14 +1,14 @@
-//! bpf-linker, compiled and linked to the system's shared LLVM.
+//! bpf-linker, linked to the system's shared LLVM.
 //!
 //! It must bring an LLVM that is not older than that of the rustc whose bitcode it links, so it is built for exactly the
 //! major version that the chosen toolchain reports. The `-dev` package of LLVM (400 MB) is not needed: a directory with
 //! the shared library under the name that the linker looks for is enough.
 
-use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
+use std::{fs, os::unix::fs::symlink, path::Path};
 
 use anyhow::{Context as _, Result};
 
-use super::apt;
+use super::{apt, program::Program};
 use crate::{
     shell,
     toolchain::{self, Toolchain},
@@ -27,44 +27,26 @@ pub(crate) fn install(tools: &Path, toolchain: &Toolchain) -> Result<()> {
         println!("      {} (from {})", chosen.display(), toolchain::LINKER_VARIABLE);
         return Ok(());
     }
-    let linker = tools.join("bin/bpf-linker");
-    let stamp = tools.join("bpf-linker.stamp");
-    let wanted = format!("{VERSION} llvm {major}\n");
-    let works = shell::answer(Command::new(&linker).arg("--version")).is_some();
-    if works && fs::read_to_string(&stamp).is_ok_and(|found| found == wanted) {
-        println!("      {VERSION} with LLVM {major}");
-        return Ok(());
-    }
-
-    let library = llvm(major)?;
-    println!("      compiling {VERSION} for LLVM {major} (some minutes)");
     let prefix = tools.join("llvm");
-    fs::create_dir_all(prefix.join("lib"))?;
-    let link = prefix.join("lib/libLLVM.so");
+    let program = Program {
+        name: "bpf-linker",
+        version: VERSION,
+        variant: &format!("llvm {major}"),
+        arguments: &["--no-default-features", "--features", &format!("llvm-{major}")],
+        environment: &[("LLVM_PREFIX", prefix.as_os_str())],
+    };
+    program.install(tools, || offer(&llvm(major)?, &prefix))
+}
+
+/// Makes `prefix` look like an installation of LLVM, as far as a linker looks.
+fn offer(library: &str, prefix: &Path) -> Result<()> {
+    let directory = prefix.join("lib");
+    fs::create_dir_all(&directory)?;
+    let link = directory.join("libLLVM.so");
     if fs::symlink_metadata(&link).is_ok() {
         fs::remove_file(&link)?;
     }
-    symlink(&library, &link).with_context(|| format!("cannot link to {library}"))?;
-
-    let target = tools.join("target");
-    let mut command = shell::cargo();
-    command
-        // A target or wrapper of the caller is not for this program; LTO and debug information only cost time.
-        .env_remove("RUSTFLAGS")
-        .env("CARGO_TARGET_DIR", &target)
-        .env("LLVM_PREFIX", &prefix)
-        .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
-        .env("CARGO_PROFILE_RELEASE_LTO", "off")
-        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
-        .args(["install", "bpf-linker", "--version", VERSION, "--locked", "--force", "--quiet"])
-        .args(["--no-default-features", "--features", &format!("llvm-{major}"), "--root"])
-        .arg(tools);
-    shell::run(&mut command).with_context(|| {
-        format!("bpf-linker {VERSION} cannot be built for LLVM {major}, the LLVM of {}", toolchain.name)
-    })?;
-    shell::capture(Command::new(&linker).arg("--version")).context("the new bpf-linker does not run")?;
-    fs::write(&stamp, wanted)?;
-    fs::remove_dir_all(&target).with_context(|| format!("cannot remove {}", target.display()))
+    symlink(library, &link).with_context(|| format!("cannot link to {library}"))
 }
 
 /// Path of the system's shared LLVM of that major version; installed when absent.
