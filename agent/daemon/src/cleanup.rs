@@ -5,6 +5,7 @@
 //! files, other instances, or anything that Pillion has not made.
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     fs, io,
     path::{Path, PathBuf},
@@ -15,6 +16,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use nix::mount::{MntFlags, umount2};
 use pillion_redirect::{Bpffs, MOUNT_SOURCE};
+use procfs::process::MountInfo;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
 
@@ -100,7 +102,7 @@ pub(crate) fn main(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
     refuse_unsafe_places(&args.paths)?;
     // Held to the end, so that no agent starts meanwhile. The file itself is among what is removed.
     let _lock = lock(&args.paths)?;
-    let before = inventory::take(&args.paths)?;
+    let before = inventory::take(&args.paths, &BTreeSet::new())?;
     if args.dry_run {
         note(format_args!("{} would be removed", count(before.ours.len(), "thing")));
         return report(args, before, None);
@@ -113,11 +115,11 @@ pub(crate) fn main(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
         note("nothing was removed");
         return Ok(ExitCode::FAILURE);
     }
-    let problems = remove(&args.paths);
+    let problems = remove(&args.paths, &before.workloads);
     for problem in problems {
         note(format_args!("{problem:#}"));
     }
-    let after = settled(&args.paths)?;
+    let after = settled(&args.paths, &before.workloads)?;
     report(args, before, Some(after))
 }
 
@@ -135,7 +137,10 @@ fn report(args: &CleanupArgs, before: Inventory, after: Option<Inventory>) -> an
         note(format_args!("{} is not of Pillion and was left alone", render::plain(&path.to_string_lossy())));
     }
     if !report.elsewhere.is_empty() && args.output.format == Format::Table {
-        note(format_args!("{} of other instances were left alone (-o wide lists them)", report.elsewhere.len()));
+        note(format_args!(
+            "{} of other instances were left alone (-o wide lists them)",
+            report.elsewhere.len()
+        ));
     }
     render::print(&report, args.output.format)?;
     if report.remaining.is_empty() {
@@ -183,7 +188,9 @@ fn lock(paths: &Paths) -> anyhow::Result<Agent> {
 fn confirmed(before: &Inventory) -> anyhow::Result<bool> {
     use std::io::IsTerminal as _;
     if !io::stdin().is_terminal() {
-        bail!("stdin is not a terminal, so nobody can be asked\npass --yes to go ahead, or --dry-run to look");
+        bail!(
+            "stdin is not a terminal, so nobody can be asked\npass --yes to go ahead, or --dry-run to look"
+        );
     }
     let things: Vec<String> = before
         .counts()
@@ -199,13 +206,13 @@ fn confirmed(before: &Inventory) -> anyhow::Result<bool> {
 }
 
 /// Removes what can be removed, in order; what cannot is told, and the look afterwards shows it.
-fn remove(paths: &Paths) -> Vec<anyhow::Error> {
+fn remove(paths: &Paths, workloads: &BTreeSet<String>) -> Vec<anyhow::Error> {
     let mut problems = Vec::new();
     let mut attempt = |result: anyhow::Result<()>| problems.extend(result.err());
     attempt(remove_tree(&paths.pin_root));
     match inventory::mounts() {
         Ok(mounts) => {
-            attempt(remove_cgroups(paths, &mounts));
+            attempt(remove_cgroups(workloads, &mounts));
             // The last mount lies on top.
             for mount in mounts.iter().rev() {
                 let point = &mount.mount_point;
@@ -272,19 +279,20 @@ fn remove_empty(path: &Path) -> anyhow::Result<()> {
 
 /// Kills what runs in our cgroups and removes them, again and again until none is left or time is up: a process that
 /// forks while it is being killed, and v1 hierarchies have nothing like cgroup.kill.
-fn remove_cgroups(paths: &Paths, mounts: &[procfs::process::MountInfo]) -> anyhow::Result<()> {
+fn remove_cgroups(workloads: &BTreeSet<String>, mounts: &[MountInfo]) -> anyhow::Result<()> {
     let deadline = Instant::now() + SETTLE;
     loop {
-        let groups = cgroups::ours(paths, mounts)?;
+        let groups = cgroups::of(workloads, mounts)?;
         let mut directories = 0;
-        for group in groups.values() {
+        for group in groups {
             for directory in &group.directories {
                 // cgroup2 only, Linux 5.14; elsewhere the signals below do it.
                 let _ = fs::write(directory.join("cgroup.kill"), "1");
                 kill_all_in(directory);
             }
             for directory in &group.directories {
-                directories += usize::from(fs::remove_dir(directory).is_err_and(|error| is_still_there(&error)));
+                directories +=
+                    usize::from(fs::remove_dir(directory).is_err_and(|error| is_still_there(&error)));
             }
         }
         if directories == 0 {
@@ -308,7 +316,8 @@ fn is_still_there(error: &io::Error) -> bool {
 /// The pidfd is taken before the second look, so that a number that was given to another process meanwhile is spared.
 fn kill_all_in(directory: &Path) {
     for pid in cgroups::processes(directory) {
-        let Some(handle) = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
+        let Some(handle) = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+        else {
             continue;
         };
         if cgroups::processes(directory).contains(&pid) {
@@ -319,10 +328,10 @@ fn kill_all_in(directory: &Path) {
 }
 
 /// Looks until nothing is left, or nothing more can be hoped for.
-fn settled(paths: &Paths) -> anyhow::Result<Inventory> {
+fn settled(paths: &Paths, workloads: &BTreeSet<String>) -> anyhow::Result<Inventory> {
     let deadline = Instant::now() + SETTLE;
     loop {
-        let inventory = inventory::take(paths)?;
+        let inventory = inventory::take(paths, workloads)?;
         let fleeting = |item: &Item| {
             matches!(item.kind, Kind::Link | Kind::Program | Kind::Map | Kind::Process | Kind::Cgroup)
         };

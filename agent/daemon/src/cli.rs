@@ -98,7 +98,13 @@ pub(crate) enum Command {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Reach {
     /// The agent's run directory; its admin socket is DIR/admin.sock
-    #[arg(long, env = "PILLION_RUN_DIR", value_name = "DIR", default_value = "/run/pillion", help_heading = "Agent")]
+    #[arg(
+        long,
+        env = "PILLION_RUN_DIR",
+        value_name = "DIR",
+        default_value = "/run/pillion",
+        help_heading = "Agent"
+    )]
     pub(crate) run_dir: PathBuf,
     /// Give up when the agent is silent for this long
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration, help_heading = "Agent")]
@@ -315,7 +321,12 @@ pub(crate) struct CheckArgs {
     #[arg(long, value_name = "DIR", env = "PILLION_POLICY_DIR", default_value = "/etc/pillion/policy.d")]
     pub(crate) policy_dir: PathBuf,
     /// containerd's socket, or 'none' where there is no containerd
-    #[arg(long, env = "PILLION_CONTAINERD_SOCKET", value_name = "PATH", default_value = "/run/containerd/containerd.sock")]
+    #[arg(
+        long,
+        env = "PILLION_CONTAINERD_SOCKET",
+        value_name = "PATH",
+        default_value = "/run/containerd/containerd.sock"
+    )]
     pub(crate) containerd_socket: OrNone<PathBuf>,
     #[command(flatten)]
     pub(crate) paths: Paths,
@@ -374,7 +385,8 @@ pub(crate) struct VersionArgs {
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    let parsed = humantime::parse_duration(text).map_err(|error| format!("{error}; write it like 10s or 1m30s"))?;
+    let parsed =
+        humantime::parse_duration(text).map_err(|error| format!("{error}; write it like 10s or 1m30s"))?;
     if parsed.is_zero() { Err("must be more than 0".to_owned()) } else { Ok(parsed) }
 }
 

@@ -68,7 +68,9 @@ pub(crate) enum ClientError {
         message: String,
     },
     /// The answer makes no sense.
-    #[error("the agent's answer to {path} cannot be read: {reason}\nis it of another version? see: pillion version")]
+    #[error(
+        "the agent's answer to {path} cannot be read: {reason}\nis it of another version? see: pillion version"
+    )]
     Unreadable {
         /// What was asked.
         path: String,
@@ -164,12 +166,7 @@ impl Client {
         }
     }
 
-    async fn send(
-        &self,
-        method: Method,
-        path: &str,
-        body: Bytes,
-    ) -> Result<Response<Incoming>, ClientError> {
+    async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, ClientError> {
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -307,7 +304,8 @@ mod tests {
         let good = ask(b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\n{\"a\":1}", true).await.unwrap();
         assert_eq!(good, serde_json::json!({ "a": 1 }));
 
-        let refused = ask(b"HTTP/1.1 404 Not Found\r\ncontent-length: 16\r\n\r\n{\"error\":\"nope\"}", true).await;
+        let refused =
+            ask(b"HTTP/1.1 404 Not Found\r\ncontent-length: 16\r\n\r\n{\"error\":\"nope\"}", true).await;
         assert_eq!(refused.unwrap_err().to_string(), "nope");
 
         let silent = ask(b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\n{", true).await.unwrap_err();

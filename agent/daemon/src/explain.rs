@@ -101,7 +101,10 @@ fn described(args: &ExplainArgs) -> anyhow::Result<Subject> {
         args.labels.iter().map(|label| (label.key.clone(), label.value.clone())).collect();
     anyhow::ensure!(labels.len() == args.labels.len(), "a label is given twice");
     if let Some(executable) = args.executable.as_ref().filter(|path| !path.is_absolute()) {
-        anyhow::bail!("--executable {}: must be an absolute path, as the workload sees it", executable.display());
+        anyhow::bail!(
+            "--executable {}: must be an absolute path, as the workload sees it",
+            executable.display()
+        );
     }
     Ok(Subject {
         // clap demands both when there is neither a workload nor a file.
@@ -128,7 +131,10 @@ fn read_subject(path: &Path) -> anyhow::Result<Subject> {
 fn parse_subject(text: &str, name: &str) -> anyhow::Result<Subject> {
     serde_saphyr::from_str(text).map_err(|error| {
         let error = render::plain_lines(&error.to_string());
-        anyhow::anyhow!("{}: not the description of a workload: {error}\nsee: pillion explain --help", render::plain(name))
+        anyhow::anyhow!(
+            "{}: not the description of a workload: {error}\nsee: pillion explain --help",
+            render::plain(name)
+        )
     })
 }
 

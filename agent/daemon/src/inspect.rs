@@ -76,7 +76,10 @@ async fn settle(
     Ok(match outcome.verdict {
         Verdict::Attaching | Verdict::Detaching => {
             let after = humantime::format_duration(wait);
-            note(format_args!("still {} after {after}; it goes on: see pillion describe {id}", outcome.verdict));
+            note(format_args!(
+                "still {} after {after}; it goes on: see pillion describe {id}",
+                outcome.verdict
+            ));
             ExitCode::FAILURE
         }
         Verdict::Degraded => ExitCode::from(DEGRADED),
@@ -146,7 +149,9 @@ pub(crate) async fn version(args: VersionArgs) -> anyhow::Result<ExitCode> {
     } else {
         match client(&args.reach).get::<StatusResponse>(api::path::STATUS).await {
             Ok(status) => Some(status.version),
-            Err(ClientError::Unreachable { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => None,
+            Err(ClientError::Unreachable { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => {
+                None
+            }
             Err(error) => {
                 note(format_args!("the agent's version is not known: {error}"));
                 None
@@ -155,7 +160,9 @@ pub(crate) async fn version(args: VersionArgs) -> anyhow::Result<ExitCode> {
     };
     let client = env!("CARGO_PKG_VERSION");
     if agent.as_deref().is_some_and(|agent| agent != client) {
-        note("this program and the running agent are of different versions: restart the agent after an upgrade");
+        note(
+            "this program and the running agent are of different versions: restart the agent after an upgrade",
+        );
     }
     render::print(&Versions { client, agent }, args.output.format)?;
     Ok(ExitCode::SUCCESS)

@@ -2,7 +2,9 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use pillion_workload::{CompanionKind, CompanionSpec, FailureMode, OutboundRule, Plan, Probe, Resources, Target};
+use pillion_workload::{
+    CompanionKind, CompanionSpec, FailureMode, OutboundRule, Plan, Probe, Resources, Target,
+};
 
 use crate::render::{plain, span};
 
@@ -23,7 +25,9 @@ pub(crate) fn in_words(plan: &Plan) -> String {
         out.push_str("no connection is redirected\n");
     }
     out.push_str(match plan.on_failure {
-        FailureMode::Open => "while a companion is not ready, connections pass as if there were no companion (open)\n",
+        FailureMode::Open => {
+            "while a companion is not ready, connections pass as if there were no companion (open)\n"
+        }
         FailureMode::Closed => "while a companion is not ready, new connections are refused (closed)\n",
     });
     out
@@ -32,10 +36,13 @@ pub(crate) fn in_words(plan: &Plan) -> String {
 fn companion_in_words(companion: &CompanionSpec) -> String {
     let what = match &companion.kind {
         CompanionKind::Relay => "the embedded relay".to_owned(),
-        CompanionKind::Exec(exec) => exec.command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
+        CompanionKind::Exec(exec) => {
+            exec.command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
+        }
     };
     let mut out = format!("companion {}: {what}\n", companion.name);
-    let group = companion.user.group.as_ref().map(|group| format!(", group {}", plain(group))).unwrap_or_default();
+    let group =
+        companion.user.group.as_ref().map(|group| format!(", group {}", plain(group))).unwrap_or_default();
     let _ = writeln!(out, "  as user {}{group}", plain(&companion.user.user));
     if let CompanionKind::Exec(exec) = &companion.kind {
         for template in &exec.templates {
@@ -45,7 +52,9 @@ fn companion_in_words(companion: &CompanionSpec) -> String {
     let probe = match &companion.ready.probe {
         None => "when every redirected port accepts a connection".to_owned(),
         Some(Probe::Tcp { port }) => format!("when port {port} accepts a connection"),
-        Some(Probe::Http { port, path }) => format!("when GET {} on port {port} answers 200-399", plain(path)),
+        Some(Probe::Http { port, path }) => {
+            format!("when GET {} on port {port} answers 200-399", plain(path))
+        }
         Some(Probe::Exec { command }) => {
             let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
             format!("when this exits with 0: {}", words.join(" "))
@@ -100,18 +109,26 @@ fn byte_size(bytes: u64) -> String {
 
 /// Milliseconds are said when there are any.
 fn exact(duration: Duration) -> String {
-    if duration.subsec_nanos() == 0 { span(duration) } else { humantime::format_duration(duration).to_string() }
+    if duration.subsec_nanos() == 0 {
+        span(duration)
+    } else {
+        humantime::format_duration(duration).to_string()
+    }
 }
 
 /// A word as a shell would need it.
 fn quoted(word: &str) -> String {
     let safe = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:=,@%+{}".contains(&byte);
-    if !word.is_empty() && word.bytes().all(safe) { word.to_owned() } else { format!("'{}'", plain(word).replace('\'', "'\\''")) }
+    if !word.is_empty() && word.bytes().all(safe) {
+        word.to_owned()
+    } else {
+        format!("'{}'", plain(word).replace('\'', "'\\''"))
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use pillion_workload::{ExecSpec, Exclusions, InboundRule, Readiness, RedirectSpec, UserSpec};
+    use pillion_workload::{Exclusions, ExecSpec, InboundRule, Readiness, RedirectSpec, UserSpec};
 
     use super::*;
 
@@ -141,7 +158,10 @@ mod tests {
             redirect: RedirectSpec {
                 outbound: Some(OutboundRule {
                     to: to(Some(15001)),
-                    exclude: Exclusions { ports: [22, 53].into(), cidrs: vec!["169.254.0.0/16".parse().unwrap()] },
+                    exclude: Exclusions {
+                        ports: [22, 53].into(),
+                        cidrs: vec!["169.254.0.0/16".parse().unwrap()],
+                    },
                 }),
                 inbound: vec![InboundRule { ports: [8080].into(), to: to(None) }],
             },
@@ -165,7 +185,8 @@ mod tests {
 
     #[test]
     fn sizes_are_never_rounded() {
-        for (bytes, text) in [(1 << 30, "1 GiB"), (3 << 19, "1536 KiB"), (1000, "1000 bytes"), (0, "0 bytes")] {
+        for (bytes, text) in [(1 << 30, "1 GiB"), (3 << 19, "1536 KiB"), (1000, "1000 bytes"), (0, "0 bytes")]
+        {
             assert_eq!(byte_size(bytes), text);
         }
     }

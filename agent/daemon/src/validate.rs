@@ -109,7 +109,10 @@ fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<SourceFile>> {
             if std::mem::replace(&mut stdin_was_read, true) {
                 bail!("- (stdin) can be read only once");
             }
-            files.push(SourceFile { path: "<stdin>".into(), text: text_of(io::stdin().lock(), Path::new("stdin"))? });
+            files.push(SourceFile {
+                path: "<stdin>".into(),
+                text: text_of(io::stdin().lock(), Path::new("stdin"))?,
+            });
         } else if path.is_dir() {
             let found = policy_files_in(path)?;
             if found.is_empty() {
@@ -183,7 +186,8 @@ mod tests {
         fs::create_dir(directory.path().join("below")).unwrap();
         fs::write(directory.path().join("below/c.yaml"), "").unwrap();
         let found = read(&[directory.path().to_owned()]).unwrap();
-        let names: Vec<_> = found.iter().map(|file| file.path.file_name().unwrap().to_string_lossy()).collect();
+        let names: Vec<_> =
+            found.iter().map(|file| file.path.file_name().unwrap().to_string_lossy()).collect();
         assert_eq!(names, ["a.yml", "b.yaml"]);
         assert!(read(&[directory.path().join("absent.yaml")]).is_err());
     }

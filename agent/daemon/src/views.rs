@@ -154,7 +154,9 @@ fn companions_cell(companions: &[CompanionStatus]) -> Cell {
         .iter()
         .map(|companion| match companion.state {
             CompanionState::Ready => companion.name.to_string(),
-            CompanionState::Starting | CompanionState::Down => format!("{}({})", companion.name, companion.state),
+            CompanionState::Starting | CompanionState::Down => {
+                format!("{}({})", companion.name, companion.state)
+            }
         })
         .collect();
     let all_ready = companions.iter().all(|companion| companion.state == CompanionState::Ready);
@@ -214,7 +216,10 @@ impl WorkloadDetail {
             ("Since", format!("{} ({} ago)", summary.since, age(summary.since)).into()),
             ("Policy", Cell::optional(summary.policy.as_ref())),
             ("Process", self.instance.process.pid.into()),
-            ("Cgroup", format!("{} (id {})", self.instance.cgroup.path.display(), self.instance.cgroup.id.0).into()),
+            (
+                "Cgroup",
+                format!("{} (id {})", self.instance.cgroup.path.display(), self.instance.cgroup.id.0).into(),
+            ),
             ("Network", self.instance.netns.into()),
         ];
         if let Some(when) = summary.first_instruction {
@@ -238,7 +243,8 @@ impl WorkloadDetail {
 
 /// What policies select on, a line each.
 pub(crate) fn subject(subject: &Subject, paint: Paint) -> String {
-    let mut lines: Vec<(&str, Cell)> = vec![("runtime", subject.runtime.into()), ("name", (&subject.name).into())];
+    let mut lines: Vec<(&str, Cell)> =
+        vec![("runtime", subject.runtime.into()), ("name", (&subject.name).into())];
     let mut optional = |name, value: Option<String>| {
         if let Some(value) = value {
             lines.push((name, value.into()));
@@ -249,7 +255,8 @@ pub(crate) fn subject(subject: &Subject, paint: Paint) -> String {
     optional("unit", subject.unit.clone());
     optional("executable", subject.executable.as_ref().map(|path| path.display().to_string()));
     let pairs = subject.labels.iter().map(|(key, value)| ("label", format!("{key}={value}")));
-    let pairs = pairs.chain(subject.annotations.iter().map(|(key, value)| ("annotation", format!("{key}={value}"))));
+    let pairs =
+        pairs.chain(subject.annotations.iter().map(|(key, value)| ("annotation", format!("{key}={value}"))));
     for (name, pair) in pairs {
         lines.push((name, pair.into()));
     }
@@ -321,7 +328,9 @@ pub(crate) fn event_line(event: &EventRecord, wide: bool, paint: Paint) -> Strin
 
 fn event_tone(kind: EventKind) -> Tone {
     match kind {
-        EventKind::Attached | EventKind::Adopted | EventKind::Recovered | EventKind::CompanionReady => Tone::Good,
+        EventKind::Attached | EventKind::Adopted | EventKind::Recovered | EventKind::CompanionReady => {
+            Tone::Good
+        }
         EventKind::PolicyRefused
         | EventKind::SourceDown
         | EventKind::Degraded

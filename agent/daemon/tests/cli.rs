@@ -183,7 +183,8 @@ fn explain_says_what_matched_and_what_did_not() {
 
     let (stdout, _) = run(&[&described[..], &["--label", "app=web"]].concat(), 0);
     assert!(stdout.starts_with("no policy applies\n"), "{stdout}");
-    let failed = stdout.lines().find(|line| line.trim_start().starts_with("labels")).expect("the field is listed");
+    let failed =
+        stdout.lines().find(|line| line.trim_start().starts_with("labels")).expect("the field is listed");
     assert!(failed.contains("no") && failed.contains("app=api") && failed.contains("web"), "{failed}");
 
     let (stdout, _) = run(&[&described[..], &["-o", "json"]].concat(), 0);
@@ -235,7 +236,8 @@ fn without_an_agent_it_is_exit_code_4_with_the_cure() {
 #[test]
 fn an_agent_that_never_answers_is_given_up() {
     let directory = directory();
-    let _listener = std::os::unix::net::UnixListener::bind(directory.path().join("admin.sock")).expect("bindable");
+    let _listener =
+        std::os::unix::net::UnixListener::bind(directory.path().join("admin.sock")).expect("bindable");
     let (_, stderr) = run(&["list", "--run-dir", shown(directory.path()), "--timeout", "100ms"], 4);
     assert!(stderr.contains("silent for 100ms"), "{stderr}");
 }
@@ -379,7 +381,8 @@ fn cleanup_refuses_while_an_agent_holds_the_lock() {
     )
     .expect("free");
     let paths = places(&directory);
-    let arguments: Vec<&str> = ["cleanup", "--yes"].into_iter().chain(paths.iter().map(String::as_str)).collect();
+    let arguments: Vec<&str> =
+        ["cleanup", "--yes"].into_iter().chain(paths.iter().map(String::as_str)).collect();
     let (_, stderr) = run(&arguments, 1);
     assert!(stderr.contains("an agent is running (pid 4711)"), "{stderr}");
     assert!(lock.exists());

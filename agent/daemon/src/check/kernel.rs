@@ -30,7 +30,9 @@ pub(super) fn checks(paths: &Paths) -> Vec<Finding> {
     findings.extend([memlock(), jit(), bpffs(&paths.pin_root)]);
     match inventory::mounts() {
         Ok(mounts) => findings.extend(cgroups(&mounts)),
-        Err(error) => findings.push(Finding::fail("cgroup2", "not known", error.to_string(), "is /proc mounted?")),
+        Err(error) => {
+            findings.push(Finding::fail("cgroup2", "not known", error.to_string(), "is /proc mounted?"))
+        }
     }
     findings.push(pidfd());
     findings
@@ -38,9 +40,8 @@ pub(super) fn checks(paths: &Paths) -> Vec<Finding> {
 
 /// For the reader of the report only: what the kernel can do is tried out.
 fn release() -> Finding {
-    let text = nix::sys::utsname::uname().map(|name| {
-        format!("{} {}", name.release().to_string_lossy(), name.machine().to_string_lossy())
-    });
+    let text = nix::sys::utsname::uname()
+        .map(|name| format!("{} {}", name.release().to_string_lossy(), name.machine().to_string_lossy()));
     Finding::ok("kernel", text.unwrap_or_else(|errno| format!("not known: {errno}")))
 }
 
@@ -58,7 +59,9 @@ fn btf() -> Finding {
         Err(error) => Finding::fail(
             CHECK,
             format!("no {BTF}"),
-            format!("{error}; the eBPF programs keep state per socket, which the kernel allows only with type information"),
+            format!(
+                "{error}; the eBPF programs keep state per socket, which the kernel allows only with type information"
+            ),
             "use a kernel with CONFIG_DEBUG_INFO_BTF=y; the kernels of all current distributions have it",
         ),
     }
@@ -84,7 +87,8 @@ fn features() -> Vec<Finding> {
         })
         .collect();
     if refused.is_empty() {
-        refused.push(Finding::ok("ebpf", format!("the kernel takes all {} programs and the maps", number - 1)));
+        refused
+            .push(Finding::ok("ebpf", format!("the kernel takes all {} programs and the maps", number - 1)));
     }
     refused
 }
@@ -99,7 +103,9 @@ fn memlock() -> Finding {
     const CHECK: &str = "locked memory";
     let (soft, hard) = match getrlimit(Resource::RLIMIT_MEMLOCK) {
         Ok(limits) => limits,
-        Err(errno) => return Finding::warn(CHECK, "not known", errno.to_string(), "is getrlimit(2) filtered?"),
+        Err(errno) => {
+            return Finding::warn(CHECK, "not known", errno.to_string(), "is getrlimit(2) filtered?");
+        }
     };
     if setrlimit(Resource::RLIMIT_MEMLOCK, 0, hard).is_err() {
         return Finding::ok(CHECK, "limit not tried out");
@@ -200,7 +206,9 @@ fn controller(name: &'static str, offered: &str, v2: &Path, v1: &[&MountInfo]) -
         check,
         "none",
         format!("no hierarchy has the controller {name}: a companion with such a limit is not started"),
-        format!("enable the controller (kernel command line: cgroup_enable={name}), or leave `resources.{name}` out"),
+        format!(
+            "enable the controller (kernel command line: cgroup_enable={name}), or leave `resources.{name}` out"
+        ),
     )
 }
 

@@ -1,6 +1,6 @@
 //! The machine around Pillion: policies, containerd, ports, and what earlier instances left.
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeSet, fs, io, path::Path};
 
 use pillion_runtime::{ContainerdConfig, containerd_version};
 
@@ -23,12 +23,14 @@ pub(super) fn policies(directory: &Path) -> Finding {
     let shown = directory.display();
     match policy_files::load(directory) {
         Ok(set) => Finding::ok(CHECK, format!("{} valid in {shown}", set.policies().len())),
-        Err(LoadError::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => Finding::warn(
-            CHECK,
-            format!("no {shown}"),
-            "without policies no workload gets a companion",
-            format!("mkdir -p {shown}, and put a policy into it"),
-        ),
+        Err(LoadError::Directory { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Finding::warn(
+                CHECK,
+                format!("no {shown}"),
+                "without policies no workload gets a companion",
+                format!("mkdir -p {shown}, and put a policy into it"),
+            )
+        }
         Err(error @ LoadError::Directory { .. }) => {
             Finding::fail(CHECK, "cannot be read", error.to_string(), "run as root")
         }
@@ -83,7 +85,12 @@ fn judge_ports(range: &str, reserved: &str) -> Finding {
     const CHECK: &str = "local ports";
     let mut bounds = range.split_whitespace().filter_map(|word| word.parse::<u16>().ok());
     let (Some(low), Some(high)) = (bounds.next(), bounds.next()) else {
-        return Finding::warn(CHECK, "not known", format!("cannot read {range:?}"), "sysctl net.ipv4.ip_local_port_range");
+        return Finding::warn(
+            CHECK,
+            "not known",
+            format!("cannot read {range:?}"),
+            "sysctl net.ipv4.ip_local_port_range",
+        );
     };
     let found = format!("{low}-{high}");
     let taken: Vec<String> = DEFAULT_PORTS
@@ -123,12 +130,12 @@ fn is_reserved(port: u16, reserved: &str) -> bool {
 /// What is in force although no agent runs. Without the right to look this says nothing: `capabilities` says it.
 pub(super) fn leftovers(paths: &Paths) -> Option<Finding> {
     const CHECK: &str = "leftovers";
-    let inventory = match inventory::take(paths) {
+    let inventory = match inventory::take(paths, &BTreeSet::new()) {
         Ok(inventory) => inventory,
         Err(error) => {
-            return nix::unistd::geteuid()
-                .is_root()
-                .then(|| Finding::warn(CHECK, "not known", error.to_string(), "run as root with CAP_SYS_ADMIN"));
+            return nix::unistd::geteuid().is_root().then(|| {
+                Finding::warn(CHECK, "not known", error.to_string(), "run as root with CAP_SYS_ADMIN")
+            });
         }
     };
     let in_force: Vec<String> = inventory

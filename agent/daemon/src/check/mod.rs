@@ -100,8 +100,12 @@ impl View for Report {
         let number = |verdict| self.checks.iter().filter(|finding| finding.verdict == verdict).count();
         let summary = match self.verdict {
             Verdict::Ok => "all is well".to_owned(),
-            Verdict::Warn => format!("Pillion works here, with {}", count(number(Verdict::Warn), "shortcoming")),
-            Verdict::Fail => format!("Pillion does not work here: {}", count(number(Verdict::Fail), "failed check")),
+            Verdict::Warn => {
+                format!("Pillion works here, with {}", count(number(Verdict::Warn), "shortcoming"))
+            }
+            Verdict::Fail => {
+                format!("Pillion does not work here: {}", count(number(Verdict::Fail), "failed check"))
+            }
         };
         let _ = write!(out, "\n{summary}\n");
         out

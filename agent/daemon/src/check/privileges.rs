@@ -16,8 +16,16 @@ enum Need {
 const NEEDED: [(Capability, Need, &str); 11] = [
     (Capability::CAP_BPF, Need::Must, "loading eBPF programs and making maps"),
     (Capability::CAP_NET_ADMIN, Need::Must, "attaching eBPF programs to sockets and network namespaces"),
-    (Capability::CAP_SYS_ADMIN, Need::Must, "entering network namespaces, listing eBPF objects, mounting bpffs"),
-    (Capability::CAP_SYS_PTRACE, Need::Must, "opening the namespaces of workloads and fetching companions' sockets"),
+    (
+        Capability::CAP_SYS_ADMIN,
+        Need::Must,
+        "entering network namespaces, listing eBPF objects, mounting bpffs",
+    ),
+    (
+        Capability::CAP_SYS_PTRACE,
+        Need::Must,
+        "opening the namespaces of workloads and fetching companions' sockets",
+    ),
     (Capability::CAP_SETUID, Need::Must, "running companions as their own user"),
     (Capability::CAP_SETGID, Need::Must, "running companions with their own group"),
     (Capability::CAP_SETPCAP, Need::Must, "taking capabilities away from companions"),
@@ -45,8 +53,10 @@ fn capabilities() -> Finding {
         return Finding::ok(CHECK, format!("all {} that are needed", NEEDED.len()));
     }
     let found = format!("{} of {}", NEEDED.len() - missing.len(), NEEDED.len());
-    let cause: Vec<String> =
-        missing.iter().map(|(capability, _, purpose)| format!("without {capability}: no {purpose}")).collect();
+    let cause: Vec<String> = missing
+        .iter()
+        .map(|(capability, _, purpose)| format!("without {capability}: no {purpose}"))
+        .collect();
     let cause = cause.join("\n");
     let in_bounding_set = |capability| caps::has_cap(None, CapSet::Bounding, capability).unwrap_or(false);
     let cure = if missing.iter().all(|(capability, ..)| in_bounding_set(*capability)) {
@@ -74,6 +84,8 @@ fn descriptors() -> Finding {
             format!("a node with many workloads needs more; so does a relay: {ENOUGH} is enough for both"),
             "raise the hard limit: LimitNOFILE= in the unit, or ulimit -Hn",
         ),
-        Err(errno) => Finding::warn(CHECK, "not known", errno.to_string(), "is getrlimit(2) filtered by seccomp?"),
+        Err(errno) => {
+            Finding::warn(CHECK, "not known", errno.to_string(), "is getrlimit(2) filtered by seccomp?")
+        }
     }
 }

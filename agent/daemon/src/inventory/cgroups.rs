@@ -5,7 +5,7 @@
 //! The instance with the usual state directory owns all that nobody else claims, so that nothing is left for ever.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
 };
@@ -33,13 +33,17 @@ pub(crate) struct Group {
 /// Adds cgroups and processes to `inventory`.
 pub(super) fn take(
     paths: &Paths,
+    known: &BTreeSet<String>,
     mounts: &[MountInfo],
     inventory: &mut Inventory,
 ) -> Result<(), InventoryError> {
     let mut nobodys = true;
     for (name, group) in groups(mounts)? {
-        let ours = is_ours(&name, &group, paths);
+        let ours = known.contains(&name) || is_ours(&name, &group, paths);
         nobodys &= ours;
+        if ours {
+            inventory.workloads.insert(name);
+        }
         let list = if ours { &mut inventory.ours } else { &mut inventory.elsewhere };
         list.extend(group.directories.iter().map(|path| item(Kind::Cgroup, path.display(), None)));
         list.extend(group.processes.into_iter().map(|(pid, name)| item(Kind::Process, pid, Some(name))));
@@ -50,11 +54,10 @@ pub(super) fn take(
     Ok(())
 }
 
-/// The cgroups of this instance, by workload.
-pub(crate) fn ours(paths: &Paths, mounts: &[MountInfo]) -> Result<BTreeMap<String, Group>, InventoryError> {
-    let mut groups = groups(mounts)?;
-    groups.retain(|name, group| is_ours(name, group, paths));
-    Ok(groups)
+/// The cgroups of these workloads, as they are now.
+pub(crate) fn of(workloads: &BTreeSet<String>, mounts: &[MountInfo]) -> Result<Vec<Group>, InventoryError> {
+    let groups = groups(mounts)?;
+    Ok(groups.into_iter().filter(|(name, _)| workloads.contains(name)).map(|(_, group)| group).collect())
 }
 
 /// The slice's directories that exist, one a hierarchy.
@@ -116,10 +119,17 @@ fn directories(parent: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 fn is_ours(name: &str, group: &Group, paths: &Paths) -> bool {
-    if paths.state_dir == Path::new(USUAL_STATE_DIR) {
+    if has_files(name, paths) {
         return true;
     }
-    has_files(name, paths) || group.processes.keys().any(|&pid| writes_below(pid, &paths.state_dir))
+    let mut files = group.processes.keys().flat_map(|&pid| output_files(pid));
+    if paths.state_dir == Path::new(USUAL_STATE_DIR) {
+        // Unless it writes to the directory of a companion elsewhere.
+        let companion = Path::new("companions").join(name);
+        files.all(|file| file.starts_with(&paths.state_dir) || !contains(&file, &companion))
+    } else {
+        files.any(|file| file.starts_with(&paths.state_dir))
+    }
 }
 
 fn has_files(name: &str, paths: &Paths) -> bool {
@@ -129,8 +139,30 @@ fn has_files(name: &str, paths: &Paths) -> bool {
 }
 
 /// Companions write their output to files in the state directory. The link's text keeps the path of a removed file.
-fn writes_below(pid: i32, directory: &Path) -> bool {
-    [1, 2].iter().any(|descriptor| {
-        fs::read_link(format!("/proc/{pid}/fd/{descriptor}")).is_ok_and(|target| target.starts_with(directory))
-    })
+fn output_files(pid: i32) -> impl Iterator<Item = PathBuf> {
+    [1, 2]
+        .into_iter()
+        .filter_map(move |descriptor| fs::read_link(format!("/proc/{pid}/fd/{descriptor}")).ok())
+}
+
+fn contains(path: &Path, part: &Path) -> bool {
+    let wanted: Vec<_> = part.components().collect();
+    path.components().collect::<Vec<_>>().windows(wanted.len()).any(|window| window == wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_paths_are_whole_names() {
+        let part = Path::new("companions/process+1-2");
+        for (path, found) in [
+            ("/tmp/x/companions/process+1-2/r/log/out (deleted)", true),
+            ("/tmp/x/companions/process+1-23/r/log/out", false),
+            ("/dev/null", false),
+        ] {
+            assert_eq!(contains(Path::new(path), part), found, "{path}");
+        }
+    }
 }

@@ -33,7 +33,11 @@ pub(crate) fn contents(paths: &Paths) -> Result<[(PathBuf, Contents); 2], Invent
         let mut contents = Contents::default();
         for entry in entries(directory).map_err(InventoryError::at("files in", directory))? {
             let name = entry.file_name();
-            let list = if is_ours(&name.to_string_lossy(), names) { &mut contents.ours } else { &mut contents.strange };
+            let list = if is_ours(&name.to_string_lossy(), names) {
+                &mut contents.ours
+            } else {
+                &mut contents.strange
+            };
             list.push(entry.path());
         }
         Ok((directory.clone(), contents))
@@ -43,7 +47,9 @@ pub(crate) fn contents(paths: &Paths) -> Result<[(PathBuf, Contents); 2], Invent
 
 /// A file is replaced by renaming over it one with a suffix, and moved aside by giving it one.
 fn is_ours(name: &str, known: &[&str]) -> bool {
-    known.iter().any(|known| name.strip_prefix(known).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
+    known
+        .iter()
+        .any(|known| name.strip_prefix(known).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
 }
 
 /// Adds sockets and files to `inventory`.
@@ -135,9 +141,14 @@ mod tests {
 
     #[test]
     fn suffixed_names_are_known_by_what_they_replace() {
-        for (name, ours) in
-            [("run", true), ("held.json.tmp", true), ("held.json.corrupt", true), (".run", false), ("running", false), ("ssh", false)]
-        {
+        for (name, ours) in [
+            ("run", true),
+            ("held.json.tmp", true),
+            ("held.json.corrupt", true),
+            (".run", false),
+            ("running", false),
+            ("ssh", false),
+        ] {
             assert_eq!(is_ours(name, &IN_STATE_DIR), ours, "{name}");
         }
     }

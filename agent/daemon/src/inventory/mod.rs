@@ -7,7 +7,7 @@ pub(crate) mod cgroups;
 pub(crate) mod files;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
@@ -98,6 +98,8 @@ pub(crate) struct Inventory {
     pub(crate) elsewhere: Vec<Item>,
     /// In our directories, but not of Pillion.
     pub(crate) strange: Vec<PathBuf>,
+    /// The workloads whose cgroups are this instance's, by the cgroup's name.
+    pub(crate) workloads: BTreeSet<String>,
 }
 
 impl Inventory {
@@ -142,12 +144,13 @@ impl InventoryError {
     }
 }
 
-/// Looks everywhere.
-pub(crate) fn take(paths: &Paths) -> Result<Inventory, InventoryError> {
+/// Looks everywhere. `known` are workloads that an earlier look found to be ours: what tells it, open files and
+/// directories, may be gone by now.
+pub(crate) fn take(paths: &Paths, known: &BTreeSet<String>) -> Result<Inventory, InventoryError> {
     let mounts = mounts()?;
     let mut inventory = Inventory::default();
     kernel_objects(&paths.pin_root, &mut inventory)?;
-    cgroups::take(paths, &mounts, &mut inventory)?;
+    cgroups::take(paths, known, &mounts, &mut inventory)?;
     for mount in &mounts {
         let found = item(Kind::Mount, mount.mount_point.display(), Some(mount.fs_type.clone()));
         match mount_is_ours(mount, paths) {
@@ -168,11 +171,13 @@ fn mount_is_ours(mount: &MountInfo, paths: &Paths) -> Option<bool> {
     if point.starts_with(&paths.run_dir) || point.starts_with(&paths.state_dir) {
         return Some(true);
     }
-    let made_by_us = mount.fs_type == "bpf" && mount.mount_source.as_deref() == Some(pillion_redirect::MOUNT_SOURCE);
+    let made_by_us =
+        mount.fs_type == "bpf" && mount.mount_source.as_deref() == Some(pillion_redirect::MOUNT_SOURCE);
     // With something pinned in it by somebody else, it stays.
     made_by_us.then(|| {
         paths.pin_root.starts_with(point)
-            && pillion_redirect::pins_below(point).is_ok_and(|pins| pins.iter().all(|pin| pin.starts_with(&paths.pin_root)))
+            && pillion_redirect::pins_below(point)
+                .is_ok_and(|pins| pins.iter().all(|pin| pin.starts_with(&paths.pin_root)))
     })
 }
 
@@ -213,7 +218,8 @@ pub(crate) enum Agent {
 pub(crate) fn agent(paths: &Paths) -> Result<Agent, InventoryError> {
     let mut locks = Vec::new();
     for path in [paths.run_dir.join("agent.lock"), paths.state_dir.clone()] {
-        let file = match fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&path) {
+        let file = match fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&path)
+        {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(InventoryError::at("who holds", &path)(error)),
