@@ -1,4 +1,45 @@
-//! The embedded relay: a transparent TCP relay that needs nothing but its own process.
+//! The embedded relay, `builtin: relay`: a transparent TCP relay in one process, without privileges, that needs nothing.
+//! It dials where each redirected connection wanted to go and copies bytes both ways. Never looks into them, never
+//! redirects anything itself, never talks to the agent but by records on stdout and metrics on a unix socket.
+//!
+//! # The walk of a connection
+//! `engine` accepts it, `origin` finds its original destination, `socket` dials that, `connection` copies
+//! (`peer` is one of its two sockets), `record` writes its JSON line, `metrics` counts it.
+//!
+//! # What is kept of TCP
+//! - *Ends*: each direction ends by itself; the end of a stream is passed on after its last byte. There is no idle
+//!   timeout: two quiet, half-closed sides stay for ever. Keepalive finds peers that vanished.
+//! - *Back-pressure*: a side is not read while the other one does not take what was read. At most one chunk
+//!   (128 KiB) waits in the process for each direction, and only for a side that is slow.
+//! - *Resets*: after a reset by one side, what it had sent before is passed on and acknowledged (for at most 30 s),
+//!   then the other side is reset. A failed dial resets the client, whose own connect had succeeded by then. What the
+//!   sender's kernel threw away at its reset is lost, as it is without a relay.
+//! - *Not kept*: urgent data. The urgent byte is dropped, the stream goes on.
+//!
+//! # Limits
+//! At the limit on connections, or without descriptors, nothing is accepted; clients wait in the backlog. At SIGTERM
+//! the backlog is taken once more and the listeners end, so that the redirection's failure mode holds; open
+//! connections have the drain grace, then they are reset. The second SIGTERM resets them at once. A listener that
+//! another holder of its socket shuts down starts a drain too.
+//!
+//! # Why it is made so: measurements
+//! Linux 6.18, AMD EPYC, sender, relay and receiver pinned to one CPU over loopback on a machine busy with compilers,
+//! hence CPU time of all three processes, medians of 7 to 9 interleaved runs of 1.6 GB:
+//!
+//! | copying by | ms CPU per GB |
+//! | --- | --- |
+//! | no relay | 292 to 327 |
+//! | read/write, 64 KiB | 546 to 593 |
+//! | the same with `MSG_MORE` for full chunks | 516 to 566 |
+//! | the same, 128 KiB (kept) | 493 to 525 |
+//! | the same, 256 KiB | 549 |
+//! | splice, pipes of 64 KiB / 1 MiB | 617 / 678 |
+//!
+//! `MSG_MORE` helps because a chunk is a little more than one segment of loopback's largest size: without it the rest
+//! is a packet of its own. Smaller receive buffers (128 KiB to 1 MiB) on the listener stayed within the noise. A
+//! connection with one byte each way takes 132 µs against 69 µs without a relay, 64 bytes there and back 27 µs against
+//! 12 µs. Hence one thread and epoll without a runtime on top: about 24 system calls for a short connection. The process,
+//! idle, has 2.3 MB resident (0.2 MB of it its own), and the same after 24,000 connections.
 
 mod config;
 mod connection;

@@ -213,6 +213,22 @@ fn every_byte_arrives_whichever_side_ends_first() {
 }
 
 #[test]
+fn an_urgent_byte_is_dropped_and_the_stream_goes_on() {
+    let (listener, address) = server();
+    let relay = Running::to(address, LIMITS);
+    for _ in 0..20 {
+        let client = relay.dial();
+        let server = accept(&listener);
+        (&client).write_all(b"before").unwrap();
+        SockRef::from(&client).send_out_of_band(b"!").unwrap();
+        (&client).write_all(b" after").unwrap();
+        let mut got = [0; 12];
+        (&server).read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"before after");
+    }
+}
+
+#[test]
 fn both_ways_at_once() {
     let (listener, address) = server();
     let relay = Running::to(address, LIMITS);
