@@ -31,6 +31,8 @@ const EVENTS: usize = 16;
 const STOP_MARGIN: Duration = Duration::from_secs(15);
 
 /// Starts a companion and waits until it is ready. When this fails or is dropped, nothing of it is left.
+///
+/// The program must stay in the foreground: when its first process ends, the companion has ended.
 pub async fn start(host: &Host, launch: Launch) -> Result<(Companion, ReadyCompanion), CompanionError> {
     let installed = Installed::install(host, launch).await?;
     let shared = Shared::new(&installed, None);

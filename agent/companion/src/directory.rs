@@ -43,11 +43,11 @@ impl CompanionDirectory {
         // Searchable on the way down: the companion reaches its files under its own user.
         let parent = path.parent().unwrap_or(path);
         DirBuilder::new().recursive(true).mode(0o711).create(parent).map_err(failed("create", parent))?;
-        let (own_uid, own_gid) = (geteuid().as_raw(), getegid().as_raw());
+        let (root, its_group) = (geteuid().as_raw(), getegid().as_raw());
         for (directory, mode, uid, gid) in [
-            (path.clone(), 0o750, own_uid, identity.gid),
+            (path.clone(), 0o750, root, identity.gid),
             (path.join(RUN), 0o700, identity.uid, identity.gid),
-            (path.join(LOG), 0o700, own_uid, own_gid),
+            (path.join(LOG), 0o700, root, its_group),
         ] {
             match DirBuilder::new().mode(0o700).create(&directory) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}

@@ -11,8 +11,7 @@ use crate::{
     error::CompanionError,
     host::{HostConfig, Launch},
     launch::{
-        Identity, InputSpec, LaunchSpec, Limit, LimitKind, NamespaceSpec, Output, ParentDeath, Privileges,
-        Program, Request, Session,
+        Identity, LaunchSpec, Limit, LimitKind, Output, ParentDeath, Privileges, Program, Request, Session,
     },
     logs,
     render::Variables,
@@ -127,16 +126,16 @@ impl Prepared {
             .as_fd()
             .try_clone_to_owned()
             .map_err(|source| crate::netns::NetnsError { operation: "start a process", source })?;
+        let program = Program::Path(program);
+        let arguments = command.into_iter().map(OsString::from).collect();
         let spec = LaunchSpec {
             cgroups: cgroup.procs_files(),
-            namespace: NamespaceSpec::Join,
             limits: vec![
                 // A proxy needs two descriptors for each connection: all that the agent may give.
                 Limit { kind: LimitKind::Descriptors, soft: None, hard: None },
                 // No memory of a companion, which may hold keys, on a disk.
                 Limit { kind: LimitKind::Core, soft: Some(0), hard: Some(0) },
             ],
-            input: InputSpec::Null,
             directory: Some(self.directory.path().to_owned()),
             session: Session::Session,
             umask: Some(0o027),
@@ -146,11 +145,9 @@ impl Prepared {
                 signal: libc::SIGKILL,
                 parent: i32::try_from(std::process::id()).expect("pids are positive i32"),
             }),
+            close_descriptors: true,
             reset_signals: true,
-            gate: false,
-            program: Program::Path(program),
-            arguments: command.into_iter().map(OsString::from).collect(),
-            environment: self.environment.clone(),
+            ..LaunchSpec::new(program, arguments, self.environment.clone())
         };
         Ok(Request::new(spec).in_namespace(netns))
     }

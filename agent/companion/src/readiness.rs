@@ -56,13 +56,19 @@ impl Candidate<'_> {
     pub(crate) async fn ready(&self, deadline: Instant) -> Result<ReadyCompanion, CompanionError> {
         let oom_kills = self.cgroup.oom_kills();
         tokio::select! {
-            ending = self.process.ended() => Err(self.ended_early(ending?, oom_kills)),
+            ending = self.process.ended() => Err(self.ended_early(ending?, oom_kills).await),
             outcome = self.ask_until(deadline) => outcome,
         }
     }
 
-    fn ended_early(&self, status: Ending, oom_kills: Option<u64>) -> CompanionError {
-        CompanionError::EndedEarly { status, oom: self.cgroup.oom_kills() > oom_kills }
+    /// A port that somebody else has is the likely cause, and a better thing to say than an exit code.
+    async fn ended_early(&self, status: Ending, oom_kills: Option<u64>) -> CompanionError {
+        match self.look(Instant::now() + LONGEST_DELAY).await {
+            Ok(Look { foreign, .. }) if !foreign.is_empty() => {
+                CompanionError::PortTaken { port: foreign.first().copied().unwrap_or_default() }
+            }
+            Ok(_) | Err(_) => CompanionError::EndedEarly { status, oom: self.cgroup.oom_kills() > oom_kills },
+        }
     }
 
     async fn ask_until(&self, deadline: Instant) -> Result<ReadyCompanion, CompanionError> {

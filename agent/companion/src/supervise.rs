@@ -321,7 +321,7 @@ impl Supervisor {
             let event = match outcome {
                 Ok(ready) => CompanionEvent::Ready(ready),
                 // `running` tells how.
-                Err(CompanionError::EndedEarly { .. }) => return Phase::Running(process),
+                Err(_) if process.has_ended() => return Phase::Running(process),
                 Err(error) => CompanionEvent::NotReady(error),
             };
             let ready = matches!(event, CompanionEvent::Ready(_));

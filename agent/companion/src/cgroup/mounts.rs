@@ -62,6 +62,8 @@ fn unescape(text: &str) -> PathBuf {
 mod tests {
     use super::*;
 
+    type Case = (&'static str, Option<&'static str>, &'static [(Controller, &'static str)]);
+
     #[test]
     fn hierarchies_are_found() {
         let pure = "25 24 0:22 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate";
@@ -72,7 +74,6 @@ mod tests {
 41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
         let bound = "1 0 0:1 /kubepods /a rw - cgroup2 c rw\n2 0 0:1 / /b\\040c\\134 rw - cgroup2 c rw\n3 0 0:1 / /d rw - cgroup2 c rw";
         let hostile = "\n - \n1 2 - cgroup2\n - cgroup2 x rw\n1 0 0:1 / /x rw - tmpfs tmpfs rw,memory";
-        type Case = (&'static str, Option<&'static str>, &'static [(Controller, &'static str)]);
         let cases: [Case; 4] = [
             (pure, Some("/sys/fs/cgroup"), &[]),
             (

@@ -114,7 +114,9 @@ fn run(control: &UnixStream) -> Result<Never, LaunchFailure> {
     if let Some(parent_death) = spec.parent_death {
         follow_parent(parent_death)?;
     }
-    raw::close_all_on_exec().map_err(|e| failure("mark descriptors close-on-exec", e))?;
+    if spec.close_descriptors {
+        raw::close_all_on_exec().map_err(|e| failure("mark descriptors close-on-exec", e))?;
+    }
     raw::reset_signals(spec.reset_signals).map_err(|e| failure("reset signals", e))?;
     SigSet::empty().thread_set_mask().map_err(|e| failure("empty the signal mask", e))?;
     if spec.gate {

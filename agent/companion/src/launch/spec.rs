@@ -28,6 +28,9 @@ pub struct LaunchSpec {
     pub privileges: Privileges,
     /// A signal when the parent dies.
     pub parent_death: Option<ParentDeath>,
+    /// Every descriptor above 2 is closed by the exec (Linux 5.11). Else those that the agent itself has inherited stay
+    /// open; its own are close-on-exec in any case.
+    pub close_descriptors: bool,
     /// Every signal back to its default; else only SIGPIPE, which the launcher itself had changed. The signal mask is
     /// emptied in either case.
     pub reset_signals: bool,
@@ -39,6 +42,30 @@ pub struct LaunchSpec {
     pub arguments: Vec<OsString>,
     /// The whole environment.
     pub environment: Vec<(OsString, OsString)>,
+}
+
+impl LaunchSpec {
+    /// The program just as if this process had become it: nothing is dropped, joined or limited, and there is no gate.
+    pub fn new(program: Program, arguments: Vec<OsString>, environment: Vec<(OsString, OsString)>) -> Self {
+        Self {
+            cgroups: Vec::new(),
+            namespace: NamespaceSpec::Keep,
+            limits: Vec::new(),
+            input: InputSpec::Null,
+            directory: None,
+            session: Session::Keep,
+            umask: None,
+            identity: None,
+            privileges: Privileges::Keep,
+            parent_death: None,
+            close_descriptors: false,
+            reset_signals: false,
+            gate: false,
+            program,
+            arguments,
+            environment,
+        }
+    }
 }
 
 /// The network namespace to run in.
@@ -179,6 +206,7 @@ mod tests {
             identity: Some(Identity { uid: 1, gid: 2, groups: vec![3] }),
             privileges: Privileges::None,
             parent_death: Some(ParentDeath { signal: 9, parent: 1 }),
+            close_descriptors: true,
             reset_signals: true,
             gate: true,
             program: Program::Search(OsString::from_vec(vec![0xff])),
