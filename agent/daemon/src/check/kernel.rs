@@ -7,14 +7,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::sys::{
-    resource::{Resource, getrlimit, setrlimit},
-    statfs::{BPF_FS_MAGIC, statfs},
+use nix::{
+    errno::Errno,
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        statfs::{BPF_FS_MAGIC, statfs},
+    },
+    unistd::{AccessFlags, access, geteuid},
 };
 use procfs::process::MountInfo;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
-use super::Finding;
+use super::{Finding, RUN_AS_ROOT};
 use crate::{config::Paths, inventory};
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -27,7 +31,8 @@ const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
 pub(super) fn checks(paths: &Paths) -> Vec<Finding> {
     let mut findings = vec![release(), btf()];
     findings.extend(features());
-    findings.extend([memlock(), jit(), bpffs(&paths.pin_root)]);
+    findings.extend(memlock());
+    findings.extend([jit(), bpffs(&paths.pin_root)]);
     match inventory::mounts() {
         Ok(mounts) => findings.extend(cgroups(&mounts)),
         Err(error) => {
@@ -81,8 +86,12 @@ fn features() -> Vec<Finding> {
                 format!("no {}", feature.purpose),
                 // The verifier's log is long and its end tells most.
                 last_lines(&format!("{error:#}"), 12),
-                "run as root with CAP_BPF and CAP_NET_ADMIN, on a kernel with CONFIG_BPF_SYSCALL=y and \
-                 CONFIG_CGROUP_BPF=y; in a container, is bpf(2) filtered by seccomp?",
+                if geteuid().is_root() {
+                    "grant CAP_BPF and CAP_NET_ADMIN, and use a kernel with CONFIG_BPF_SYSCALL=y and \
+                     CONFIG_CGROUP_BPF=y; in a container, is bpf(2) filtered by seccomp?"
+                } else {
+                    RUN_AS_ROOT
+                },
             ))
         })
         .collect();
@@ -98,22 +107,18 @@ fn last_lines(text: &str, number: usize) -> String {
     lines[lines.len().saturating_sub(number)..].join("\n")
 }
 
-/// Before Linux 5.11 eBPF memory counts as locked memory. Making a map with that limit at zero tells which it is.
-fn memlock() -> Finding {
+/// Before Linux 5.11 eBPF memory counts as locked memory. Where eBPF works, trying it with that limit at zero tells.
+fn memlock() -> Option<Finding> {
     const CHECK: &str = "locked memory";
-    let (soft, hard) = match getrlimit(Resource::RLIMIT_MEMLOCK) {
-        Ok(limits) => limits,
-        Err(errno) => {
-            return Finding::warn(CHECK, "not known", errno.to_string(), "is getrlimit(2) filtered?");
-        }
-    };
-    if setrlimit(Resource::RLIMIT_MEMLOCK, 0, hard).is_err() {
-        return Finding::ok(CHECK, "limit not tried out");
+    let works = || pillion_redirect::probe().iter().any(|feature| feature.result.is_ok());
+    let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
+    if !works() || setrlimit(Resource::RLIMIT_MEMLOCK, 0, hard).is_err() {
+        return None;
     }
-    let works = pillion_redirect::probe().iter().any(|feature| feature.result.is_ok());
+    let works_without = works();
     // Back to where it was: up to the hard limit this needs no privilege.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard);
-    if works {
+    Some(if works_without {
         Finding::ok(CHECK, "eBPF does not count against the limit")
     } else if hard == nix::libc::RLIM_INFINITY {
         Finding::ok(CHECK, "no limit")
@@ -124,7 +129,7 @@ fn memlock() -> Finding {
             "this kernel counts eBPF maps as locked memory",
             "raise it: LimitMEMLOCK=infinity in the unit, or ulimit -Hl unlimited",
         )
-    }
+    })
 }
 
 fn jit() -> Finding {
@@ -162,7 +167,7 @@ fn bpffs(pin_root: &Path) -> Finding {
             CHECK,
             format!("{} cannot be inspected", existing.display()),
             errno.to_string(),
-            "run as root",
+            RUN_AS_ROOT,
         ),
     }
 }
@@ -179,15 +184,19 @@ fn cgroups(mounts: &[MountInfo]) -> Vec<Finding> {
     };
     let point = v2.mount_point.display();
     let kind = if v1.is_empty() { "pure" } else { "hybrid: v1 as well" };
-    let mut findings = vec![if is_writable(&v2.mount_point) {
-        Finding::ok("cgroup2", format!("{point} ({kind})"))
-    } else {
-        Finding::fail(
+    // Asks for the mount, which may be read-only, and for our rights; writes nothing.
+    let mut findings = vec![match access(&v2.mount_point, AccessFlags::W_OK) {
+        Ok(()) => Finding::ok("cgroup2", format!("{point} ({kind})")),
+        Err(errno) => Finding::fail(
             "cgroup2",
-            format!("{point} ({kind}) is read-only"),
-            "companions get cgroups of their own below it",
-            format!("in a container: mount the host's {point} read-write"),
-        )
+            format!("{point} ({kind}) cannot be written"),
+            format!("{}; companions get cgroups of their own below it", errno.desc()),
+            if errno == Errno::EROFS {
+                format!("in a container: mount the host's {point} read-write")
+            } else {
+                RUN_AS_ROOT.to_owned()
+            },
+        ),
     }];
     let offered = fs::read_to_string(v2.mount_point.join("cgroup.controllers")).unwrap_or_default();
     findings.extend(CONTROLLERS.map(|name| controller(name, &offered, &v2.mount_point, &v1)));
@@ -210,11 +219,6 @@ fn controller(name: &'static str, offered: &str, v2: &Path, v1: &[&MountInfo]) -
             "enable the controller (kernel command line: cgroup_enable={name}), or leave `resources.{name}` out"
         ),
     )
-}
-
-/// A mount can be read-only although its file system is not, so both are asked; nothing is written.
-fn is_writable(directory: &Path) -> bool {
-    nix::unistd::access(directory, nix::unistd::AccessFlags::W_OK).is_ok()
 }
 
 /// Processes are pidfds, and listening sockets are fetched from companions by `pidfd_getfd` (Linux 5.6): fetches one

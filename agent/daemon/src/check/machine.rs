@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs, io, path::Path};
 
 use pillion_runtime::{ContainerdConfig, containerd_version};
 
-use super::Finding;
+use super::{Finding, RUN_AS_ROOT};
 use crate::{
     config::Paths,
     inventory::{self, Kind},
@@ -32,7 +32,7 @@ pub(super) fn policies(directory: &Path) -> Finding {
             )
         }
         Err(error @ LoadError::Directory { .. }) => {
-            Finding::fail(CHECK, "cannot be read", error.to_string(), "run as root")
+            Finding::fail(CHECK, "cannot be read", error.to_string(), RUN_AS_ROOT)
         }
         Err(error @ LoadError::Files(_)) => Finding::fail(
             CHECK,
@@ -133,9 +133,9 @@ pub(super) fn leftovers(paths: &Paths) -> Option<Finding> {
     let inventory = match inventory::take(paths, &BTreeSet::new()) {
         Ok(inventory) => inventory,
         Err(error) => {
-            return nix::unistd::geteuid().is_root().then(|| {
-                Finding::warn(CHECK, "not known", error.to_string(), "run as root with CAP_SYS_ADMIN")
-            });
+            return nix::unistd::geteuid()
+                .is_root()
+                .then(|| Finding::warn(CHECK, "not known", error.to_string(), "grant CAP_SYS_ADMIN"));
         }
     };
     let in_force: Vec<String> = inventory

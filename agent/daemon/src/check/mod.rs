@@ -17,6 +17,9 @@ use crate::{
     render::{self, Cell, Paint, Table, Tone, View, count, indent, plain_lines},
 };
 
+/// A cure.
+const RUN_AS_ROOT: &str = "run it as root: sudo pillion check";
+
 /// What a finding means for Pillion, from best to worst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]

@@ -3,7 +3,7 @@
 use caps::{CapSet, Capability};
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::Finding;
+use super::{Finding, RUN_AS_ROOT};
 
 /// How badly a capability is missed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,12 +58,11 @@ fn capabilities() -> Finding {
         .map(|(capability, _, purpose)| format!("without {capability}: no {purpose}"))
         .collect();
     let cause = cause.join("\n");
-    let in_bounding_set = |capability| caps::has_cap(None, CapSet::Bounding, capability).unwrap_or(false);
-    let cure = if missing.iter().all(|(capability, ..)| in_bounding_set(*capability)) {
-        "run it as root: sudo pillion check"
-    } else {
+    let cure = if nix::unistd::geteuid().is_root() {
         "whatever started this process (container runtime, systemd unit) took them away: \
          grant them there, for example with CapabilityBoundingSet= or securityContext.capabilities"
+    } else {
+        RUN_AS_ROOT
     };
     if missing.iter().any(|(_, need, _)| *need == Need::Must) {
         Finding::fail(CHECK, found, cause, cure)
