@@ -23,7 +23,7 @@ use serde::Serialize;
 use crate::{
     cli::CleanupArgs,
     config::Paths,
-    inventory::{self, Agent, Inventory, Item, Kind, cgroups, files},
+    inventory::{self, Inventory, Item, Kind, User, cgroups, files},
     render::{self, Cell, Format, Paint, Table, Tone, View, count, note},
 };
 
@@ -170,19 +170,29 @@ fn refuse_unsafe_places(paths: &Paths) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Keeps an agent from starting meanwhile; refuses when one runs.
-fn lock(paths: &Paths) -> anyhow::Result<Agent> {
-    let agent = inventory::agent(paths)?;
-    if let Agent::Running(pid) = agent {
-        let who = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
-        bail!(
-            "an agent is running{who} and would put back what is removed\n\
-             stop it first: systemctl stop pillion, or: kill the process that holds {} or {}",
-            paths.run_dir.join("agent.lock").display(),
-            paths.state_dir.display()
-        );
+/// Keeps an agent from starting meanwhile; refuses when one runs, or a `pillion run`.
+fn lock(paths: &Paths) -> anyhow::Result<User> {
+    let user = inventory::user(paths)?;
+    match &user {
+        User::Nobody(_) => Ok(user),
+        User::Agent(pid) => {
+            let who = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
+            bail!(
+                "an agent is running{who} and would put back what is removed\n\
+                 stop it first: systemctl stop pillion, or: kill the process that holds {} or {}",
+                paths.run_dir.join("agent.lock").display(),
+                paths.state_dir.display()
+            )
+        }
+        User::Runs(pids) => {
+            let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
+            bail!(
+                "`pillion run` is running (pid {}) and removes its things by itself\nlet it end first, or: kill {}",
+                pids.join(", "),
+                pids.join(" ")
+            )
+        }
     }
-    Ok(agent)
 }
 
 fn confirmed(before: &Inventory) -> anyhow::Result<bool> {

@@ -339,7 +339,7 @@ pub(crate) struct CheckArgs {
 #[command(after_help = "\
 Removes eBPF links, programs and maps, companions, cgroups, mounts, sockets and files; workloads run on without \
 companions, and connections through a companion are cut. Works without an agent, a journal, or anything intact: it goes by \
-what is there. Policy files are yours and stay. Refuses while an agent runs: stop that first. \
+what is there. Policy files are yours and stay. Refuses while an agent or a `pillion run` runs: end that first. \
 Exit code 1 when anything remains.
 
 Examples:

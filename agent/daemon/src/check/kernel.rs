@@ -36,7 +36,7 @@ pub(super) fn checks(paths: &Paths) -> Vec<Finding> {
     match inventory::mounts() {
         Ok(mounts) => findings.extend(cgroups(&mounts)),
         Err(error) => {
-            findings.push(Finding::fail("cgroup2", "not known", error.to_string(), "is /proc mounted?"))
+            findings.push(Finding::fail("cgroup2", "not known", error.to_string(), "is /proc mounted?"));
         }
     }
     findings.push(pidfd());

@@ -7,7 +7,7 @@ use pillion_runtime::{ContainerdConfig, containerd_version};
 use super::{Finding, RUN_AS_ROOT};
 use crate::{
     config::Paths,
-    inventory::{self, Kind},
+    inventory::{self, Kind, User},
     policy_files::{self, LoadError},
     render::count,
 };
@@ -148,9 +148,10 @@ pub(super) fn leftovers(paths: &Paths) -> Option<Finding> {
         return Some(Finding::ok(CHECK, "none"));
     }
     let found = in_force.join(", ");
-    Some(match inventory::agent(paths) {
-        Ok(inventory::Agent::Running(_)) => Finding::ok(CHECK, format!("none: {found} of the running agent")),
-        _ => Finding::warn(
+    Some(match inventory::user(paths) {
+        Ok(User::Agent(_)) => Finding::ok(CHECK, format!("none: {found} of the running agent")),
+        Ok(User::Runs(_)) => Finding::ok(CHECK, format!("none: {found} of a `pillion run`")),
+        Ok(User::Nobody(_)) | Err(_) => Finding::warn(
             CHECK,
             found,
             "an agent or a `pillion run` ended without taking it away; it stays in force",

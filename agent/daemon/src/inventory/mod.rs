@@ -17,6 +17,8 @@ use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg, OFlag},
 };
+use pillion_runtime::start_time;
+use pillion_workload::{Pid, StartTime};
 use procfs::process::{MountInfo, Process};
 use serde::{Serialize, Serializer};
 
@@ -205,17 +207,20 @@ pub(crate) fn mounts() -> Result<Vec<MountInfo>, InventoryError> {
     mounts.map(|mounts| mounts.0).map_err(|error| InventoryError::of("mounts")(io::Error::other(error)))
 }
 
-/// Whether an agent runs. It holds flock(2) locks for as long as it does.
+/// Who uses what is there.
 #[derive(Debug)]
-pub(crate) enum Agent {
-    /// None runs, and none can start while these live.
-    Absent(#[expect(dead_code, reason = "held, not read")] Vec<Flock<fs::File>>),
-    /// One runs; its pid, where it says so.
-    Running(Option<i32>),
+pub(crate) enum User {
+    /// Nobody, and no agent can start while these live.
+    Nobody(#[expect(dead_code, reason = "held, not read")] Vec<Flock<fs::File>>),
+    /// An agent, which holds flock(2) locks for as long as it runs; its pid, where it says so.
+    Agent(Option<i32>),
+    /// At least one `pillion run`.
+    Runs(Vec<i32>),
 }
 
-/// Takes the agent's locks if they can be had: on a file in the run directory, and on the state directory.
-pub(crate) fn agent(paths: &Paths) -> Result<Agent, InventoryError> {
+/// Takes the agent's locks if they can be had, on a file in the run directory and on the state directory; then looks
+/// for live `pillion run`s.
+pub(crate) fn user(paths: &Paths) -> Result<User, InventoryError> {
     let mut locks = Vec::new();
     for path in [paths.run_dir.join("agent.lock"), paths.state_dir.clone()] {
         let file = match fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&path)
@@ -228,14 +233,47 @@ pub(crate) fn agent(paths: &Paths) -> Result<Agent, InventoryError> {
             Ok(lock) => locks.push(lock),
             Err((file, Errno::EWOULDBLOCK)) => {
                 let text = io::read_to_string(io::Read::take(file, 64)).unwrap_or_default();
-                return Ok(Agent::Running(text.trim().parse().ok()));
+                return Ok(User::Agent(text.trim().parse().ok()));
             }
             Err((_, errno)) => return Err(InventoryError::at("who holds", &path)(errno.into())),
         }
     }
-    Ok(Agent::Absent(locks))
+    let runs = live_runs(paths);
+    Ok(if runs.is_empty() { User::Nobody(locks) } else { User::Runs(runs) })
+}
+
+/// Each `pillion run` has a state directory that bears its pid and start time.
+fn live_runs(paths: &Paths) -> Vec<i32> {
+    let entries = fs::read_dir(paths.runs()).into_iter().flatten().flatten();
+    entries.filter_map(|entry| live_run(entry.file_name().to_str()?)).collect()
+}
+
+fn live_run(name: &str) -> Option<i32> {
+    let (pid, started) = name.strip_prefix("run-")?.split_once('-')?;
+    let (pid, started) = (pid.parse().ok()?, started.parse().ok()?);
+    let alive = start_time(Pid(pid)).is_ok_and(|actual| actual == StartTime(started));
+    alive.then_some(pid)
 }
 
 pub(super) fn item(kind: Kind, name: impl fmt::Display, detail: Option<String>) -> Item {
     Item { kind, name: name.to_string(), detail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_lives_while_its_very_process_does() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let started = start_time(Pid(own)).unwrap().0;
+        for (name, alive) in [
+            (format!("run-{own}-{started}"), true),
+            (format!("run-{own}-{}", started + 1), false),
+            (format!("{own}-{started}"), false),
+            ("run-x-y".to_owned(), false),
+        ] {
+            assert_eq!(live_run(&name), alive.then_some(own), "{name}");
+        }
+    }
 }
