@@ -61,7 +61,7 @@ pub struct Destination {
     pub family: u16,
 }
 
-/// Socket storage of a workload's redirected socket: what the application is to see.
+/// A workload's redirected socket, by its cookie: what the application is to see. From connect to close.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Redirected {
@@ -79,6 +79,8 @@ pub struct Redirected {
     pub interface: u32,
     /// Source port by which the destination is kept in the by-source map, host byte order; 0 if by slot.
     pub source_port: u32,
+    /// Number of the workload.
+    pub workload: u32,
 }
 
 impl Redirected {
@@ -90,7 +92,7 @@ impl Redirected {
     pub const DIALLED6: u32 = 1 << 1;
 }
 
-/// Key of a destination that is found by the source of the connection: for sockets that cannot take a slot's address.
+/// Key of a destination that is found by the source of the connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct BySourceKey {
@@ -104,14 +106,17 @@ pub struct BySourceKey {
     pub family: u32,
 }
 
-/// Value for [`BySourceKey`].
+/// Value for [`BySourceKey`]: of a socket that cannot take a slot's address from its connect on, of any other from the
+/// companion's question on, until the companion closes the connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BySource {
     /// The original destination.
     pub destination: Destination,
-    /// Time of the connect, in units of 2^30 ns since boot; ages entries that nobody asks for.
+    /// Time when it was made, in units of 2^30 ns since boot; ages what nobody asks for.
     pub time: u32,
+    /// Number of the workload.
+    pub workload: u32,
 }
 
 /// Key of an excluded destination port.
@@ -222,9 +227,9 @@ const _: () = {
     assert!(size_of::<WorkloadConfig>() == 32);
     assert!(size_of::<CompanionConfig>() == 16);
     assert!(size_of::<Destination>() == 20);
-    assert!(size_of::<Redirected>() == 56);
+    assert!(size_of::<Redirected>() == 60);
     assert!(size_of::<BySourceKey>() == 32);
-    assert!(size_of::<BySource>() == 24);
+    assert!(size_of::<BySource>() == 28);
     assert!(size_of::<PortKey>() == 8);
     assert!(size_of::<Network4>() == 8);
     assert!(size_of::<Network6>() == 20);
@@ -239,6 +244,8 @@ mod pod {
     unsafe impl aya::Pod for super::WorkloadConfig {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::CompanionConfig {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Redirected {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::BySourceKey {}
     // SAFETY: as above.

@@ -20,3 +20,6 @@ pub use slot::{GENERATION_BITS, SLOT_BITS, SLOTS, Slot, SlotAddress, tag};
 
 /// Version of everything in this crate; part of every pin's path.
 pub const LAYOUT_VERSION: u32 = 1;
+
+/// How many redirected connections may be open at once, for all workloads together.
+pub const CONNECTIONS: u32 = 262_144;

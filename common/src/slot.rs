@@ -66,11 +66,17 @@ pub mod tag {
         (tag >> 32) as u32
     }
 
-    /// Units of 2^30 ns since the slot was taken.
+    /// When the slot was taken, in units of 2^30 ns.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "31 bits are kept")]
+    pub const fn time(tag: u64) -> u32 {
+        (tag >> 1) as u32 & 0x7fff_ffff
+    }
+
+    /// Units of 2^30 ns since the slot was taken.
+    #[inline(always)]
     pub const fn age(tag: u64, now: u32) -> u32 {
-        now.wrapping_sub((tag >> 1) as u32) & 0x7fff_ffff
+        now.wrapping_sub(time(tag)) & 0x7fff_ffff
     }
 }
 

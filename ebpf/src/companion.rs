@@ -9,9 +9,9 @@ use aya_ebpf::{
 use pillion_common::{AF_INET, AF_INET6, BySourceKey, Counter, Destination, SlotAddress};
 
 use crate::{
-    maps::{PL_ANSWERS, PL_BY_SOURCE, PL_COMPANIONS, count},
+    maps::{PL_BY_SOURCE, PL_COMPANIONS, count},
     slots::{self, Asked},
-    socket::{IPPROTO_TCP, MAPPED, local, read, remote, storage, write},
+    socket::{IPPROTO_TCP, MAPPED, local, read, remote, write},
 };
 
 const SOL_IP: i32 = 0;
@@ -41,7 +41,7 @@ pub fn pl_original(ctx: SockoptContext) -> i32 {
     1
 }
 
-/// close() of a companion's socket: takes back the slot of a connection whose destination it never asked for.
+/// close() of a companion's socket: forgets the answer, or takes back the slot of a connection that it never asked for.
 #[cgroup_sock(sock_release)]
 pub fn pl_unasked(ctx: SockContext) -> i32 {
     let sk = ctx.sock;
@@ -49,20 +49,14 @@ pub fn pl_unasked(ctx: SockContext) -> i32 {
         return 1;
     }
     let (peer, family) = remote(sk);
-    if storage(&PL_ANSWERS, sk, None).is_some() {
-        return 1;
-    }
     // SAFETY: a context of this program type is what the helper takes.
     let netns = unsafe { bpf_get_netns_cookie(sk.cast()) };
-    match slot_address(&peer, family) {
-        Some(address) => {
-            if let Asked::Found(_, seen) = slots::ask(address, netns) {
-                slots::answered(address.slot, seen);
-            }
-        }
-        None => {
-            let _ = PL_BY_SOURCE.remove(source_key(sk, netns, peer, family));
-        }
+    let asked = PL_BY_SOURCE.remove(source_key(sk, netns, peer, family)).is_ok();
+    if !asked
+        && let Some(address) = slot_address(&peer, family)
+        && let Asked::Found(_, _, seen) = slots::ask(address, netns)
+    {
+        slots::answered(address.slot, seen);
     }
     1
 }
@@ -84,38 +78,29 @@ fn source_key(sk: *mut bpf_sock, netns: u64, peer: [u32; 4], family: u16) -> ByS
 
 #[inline(always)]
 fn original_destination(ctx: *mut bpf_sockopt, sk: *mut bpf_sock) -> Option<Destination> {
-    if let Some(known) = storage(&PL_ANSWERS, sk, None) {
-        return Some(*known);
-    }
     let (peer, family) = remote(sk);
     // SAFETY: a context of this program type is what the helper takes (Linux 5.15).
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
-    if let Some(address) = slot_address(&peer, family) {
-        return match slots::ask(address, netns) {
-            Asked::Found(destination, seen) => {
-                // Without room to keep the answer the slot stays taken: the companion may ask again.
-                if storage(&PL_ANSWERS, sk, Some(&destination)).is_some() {
-                    slots::answered(address.slot, seen);
-                }
-                count(Counter::DestinationsAnswered);
-                Some(destination)
-            }
-            Asked::Stale => {
-                count(Counter::DestinationsStale);
-                None
-            }
-        };
-    }
     let key = source_key(sk, netns, peer, family);
     // SAFETY: copied at once, before any other operation on the map.
-    if let Some(destination) = unsafe { PL_BY_SOURCE.get(key) }.map(|kept| kept.destination) {
-        if storage(&PL_ANSWERS, sk, Some(&destination)).is_some() {
-            let _ = PL_BY_SOURCE.remove(key);
-        }
-        count(Counter::DestinationsAnswered);
-        return Some(destination);
+    if let Some(kept) = unsafe { PL_BY_SOURCE.get(key) } {
+        return Some(kept.destination);
     }
-    steered(sk)
+    let Some(address) = slot_address(&peer, family) else { return steered(sk) };
+    match slots::ask(address, netns) {
+        Asked::Found(destination, workload, seen) => {
+            // Without room to keep the answer the slot stays taken: the companion may ask again.
+            if slots::keep_answer(&key, &destination, workload, seen) {
+                slots::answered(address.slot, seen);
+            }
+            count(Counter::DestinationsAnswered);
+            Some(destination)
+        }
+        Asked::Stale => {
+            count(Counter::DestinationsStale);
+            None
+        }
+    }
 }
 
 /// A connection on a port that the companion does not listen on came by `sk_lookup`: it wanted to go where it is.

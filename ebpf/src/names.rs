@@ -5,7 +5,7 @@ use pillion_common::{AF_INET, Redirected};
 
 use crate::{
     maps::{PL_REDIRECTED, PL_WORKLOADS},
-    socket::{MAPPED, socket_of, storage, write},
+    socket::{MAPPED, cookie, write},
 };
 
 #[cgroup_sock_addr(getpeername4)]
@@ -55,11 +55,8 @@ pub fn pl_name6(ctx: SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn redirected(ctx: *mut bpf_sock_addr) -> Option<&'static Redirected> {
-    let sk = socket_of(ctx);
-    if sk.is_null() {
-        return None;
-    }
-    storage(&PL_REDIRECTED, sk, None).map(|redirected| &*redirected)
+    // SAFETY: the entry stays while its socket is open, which it is during this call.
+    unsafe { PL_REDIRECTED.get(cookie(ctx)) }
 }
 
 #[inline(always)]

@@ -23,8 +23,8 @@ use crate::{
     maps::{PL_NETS4, PL_NETS6, PL_PORTS, PL_REDIRECTED, PL_WORKLOADS, count},
     slots::{self, Taken},
     socket::{
-        IPPROTO_TCP, LOOPBACK4, MAPPED, ONE, SOCK_STREAM, TCP_CLOSE, TCP_SYN_SENT, forget, is_local4,
-        is_local6, is_mapped, listening, read, socket_of, storage, write,
+        IPPROTO_TCP, LOOPBACK4, MAPPED, ONE, SOCK_STREAM, TCP_CLOSE, TCP_SYN_SENT, cookie, is_local4,
+        is_local6, is_mapped, listening, read, socket_of, write,
     },
 };
 
@@ -70,26 +70,29 @@ pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
         return PASS;
     }
     if is_local4(address) {
-        return pass(ctx, sk, false);
+        return pass(ctx, false);
     }
     if is_excluded4(config, address, port_be) {
         count(Counter::OutboundExcluded);
-        return pass(ctx, sk, false);
+        return pass(ctx, false);
     }
     let port = u16::from_be(config.outbound_port_be);
     if !listening(config.workload, port, AF_INET) {
-        return fail(ctx, sk, config, false, ECONNREFUSED);
+        return fail(ctx, config, false, ECONNREFUSED);
     }
     let destination = Destination { address: [address, 0, 0, 0], port_be, family: AF_INET };
     let netns = netns_of(ctx);
-    release_previous(sk, netns);
-    let mut state = begin(sk, destination);
+    let mut state = begin(sk, destination, config.workload);
     state.bound[0] = read!((*sk).src_ip4);
-    if !carry(ctx, &mut state, config, netns, false) {
-        return fail(ctx, sk, config, false, EADDRNOTAVAIL);
+    // An earlier connect has left the socket bound.
+    if state.bound[0] != 0 || state.source_port != 0 {
+        release_previous(ctx, netns);
     }
-    if !commit(ctx, sk, &state, netns) {
-        return fail(ctx, sk, config, false, EADDRNOTAVAIL);
+    if !carry(ctx, &mut state, config, netns, false) {
+        return fail(ctx, config, false, EADDRNOTAVAIL);
+    }
+    if !commit(ctx, &state, netns) {
+        return fail(ctx, config, false, EADDRNOTAVAIL);
     }
     write!((*ctx).user_ip4, LOOPBACK4);
     write!((*ctx).user_port, u32::from(config.outbound_port_be));
@@ -121,15 +124,15 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
         (is_local6(&address), is_excluded6(config, &address, port_be))
     };
     if local {
-        return pass(ctx, sk, true);
+        return pass(ctx, true);
     }
     if excluded {
         count(Counter::OutboundExcluded);
-        return pass(ctx, sk, true);
+        return pass(ctx, true);
     }
     // A link-local destination means nothing without its interface, which the companion could not be told.
     if address[0] & 0xffc0_0000_u32.to_be() == 0xfe80_0000_u32.to_be() {
-        return fail(ctx, sk, config, true, ECONNREFUSED);
+        return fail(ctx, config, true, ECONNREFUSED);
     }
     let destination = if mapped {
         Destination { address: [address[3], 0, 0, 0], port_be, family: AF_INET }
@@ -143,8 +146,10 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     let bound_any = bound[0] | bound[1] | bound[2] | bound[3] == 0;
     let has_port = read!((*sk).src_port) != 0;
     let netns = netns_of(ctx);
-    release_previous(sk, netns);
-    let mut state = begin(sk, destination);
+    if has_port || !bound_any {
+        release_previous(ctx, netns);
+    }
+    let mut state = begin(sk, destination, config.workload);
     state.bound = if is_mapped(&bound) { [bound[3], 0, 0, 0] } else { bound };
 
     let mut carried =
@@ -157,8 +162,8 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     } else if !carried && by4 && has_port && (bound_any || is_mapped(&bound)) {
         carried = carry_by_source(&state, netns);
     }
-    if !carried || !commit(ctx, sk, &state, netns) {
-        return fail(ctx, sk, config, true, refused);
+    if !carried || !commit(ctx, &state, netns) {
+        return fail(ctx, config, true, refused);
     }
     write!((*ctx).user_ip6[0], 0);
     write!((*ctx).user_ip6[1], 0);
@@ -178,14 +183,17 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock(sock_release)]
 pub fn pl_release(ctx: SockContext) -> i32 {
     let sk = ctx.sock;
-    if let Some(redirected) = storage(&PL_REDIRECTED, sk, None) {
-        let state = read!((*sk).state);
-        if state == TCP_SYN_SENT || state == TCP_CLOSE {
-            // SAFETY: a context of this program type is what the helper takes.
-            let netns = unsafe { bpf_get_netns_cookie(sk.cast()) };
-            slots::abandon(redirected, netns);
-        }
+    let cookie = cookie(sk);
+    let state = read!((*sk).state);
+    if (state == TCP_SYN_SENT || state == TCP_CLOSE)
+        // SAFETY: the entry stays until it is removed below.
+        && let Some(redirected) = unsafe { PL_REDIRECTED.get(cookie) }
+    {
+        // SAFETY: a context of this program type is what the helper takes.
+        let netns = unsafe { bpf_get_netns_cookie(sk.cast()) };
+        slots::abandon(redirected, netns);
     }
+    let _ = PL_REDIRECTED.remove(cookie);
     PASS
 }
 
@@ -228,14 +236,15 @@ fn is_excluded6(config: &WorkloadConfig, address: &[u32; 4], port_be: u16) -> bo
 
 /// Gives back what an earlier connect of the same socket took: it has failed, or there would not be another.
 #[inline(always)]
-fn release_previous(sk: *mut bpf_sock, netns: u64) {
-    if let Some(previous) = storage(&PL_REDIRECTED, sk, None) {
+fn release_previous(ctx: *mut bpf_sock_addr, netns: u64) {
+    // SAFETY: the entry stays: this socket is locked by its connect.
+    if let Some(previous) = unsafe { PL_REDIRECTED.get(cookie(ctx)) } {
         slots::abandon(previous, netns);
     }
 }
 
 #[inline(always)]
-fn begin(sk: *mut bpf_sock, destination: Destination) -> Redirected {
+fn begin(sk: *mut bpf_sock, destination: Destination, workload: u32) -> Redirected {
     Redirected {
         destination,
         slot: Redirected::NO_SLOT,
@@ -244,6 +253,7 @@ fn begin(sk: *mut bpf_sock, destination: Destination) -> Redirected {
         flags: 0,
         interface: read!((*sk).bound_dev_if),
         source_port: read!((*sk).src_port),
+        workload,
     }
 }
 
@@ -278,7 +288,7 @@ fn carry(
 
 #[inline(always)]
 fn carry_by_source(state: &Redirected, netns: u64) -> bool {
-    slots::keep_by_source(&slots::key_of(state, netns), &state.destination)
+    slots::keep_by_source(&slots::key_of(state, netns), &state.destination, state.workload)
 }
 
 /// Binds an IPv6 socket to `::1` and a port of our choice, because only a known source can carry the destination.
@@ -311,12 +321,12 @@ fn bind_to(ctx: *mut bpf_sock_addr, address: [u32; 4], port_be: u16, v6: bool) -
 
 /// Records what the application is to see, and frees the socket from its interface: the companion is on loopback.
 #[inline(always)]
-fn commit(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, state: &Redirected, netns: u64) -> bool {
-    let Some(kept) = storage(&PL_REDIRECTED, sk, Some(state)) else {
+fn commit(ctx: *mut bpf_sock_addr, state: &Redirected, netns: u64) -> bool {
+    if PL_REDIRECTED.insert(cookie(ctx), state, 0).is_err() {
+        count(Counter::SlotsExhausted);
         slots::abandon(state, netns);
         return false;
-    };
-    *kept = *state;
+    }
     if state.interface != 0 {
         bind_to_interface(ctx, 0);
     }
@@ -333,11 +343,13 @@ fn bind_to_interface(ctx: *mut bpf_sock_addr, index: u32) {
 
 /// Lets the connect go where the application wants, and undoes what an earlier one left on the socket.
 #[inline(always)]
-fn pass(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, v6: bool) -> i32 {
-    if let Some(previous) = storage(&PL_REDIRECTED, sk, None) {
+fn pass(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
+    let cookie = cookie(ctx);
+    // SAFETY: the entry stays until it is removed below.
+    if let Some(previous) = unsafe { PL_REDIRECTED.get(cookie) } {
         slots::abandon(previous, netns_of(ctx));
         let (flags, bound, interface) = (previous.flags, previous.bound, previous.interface);
-        forget(&PL_REDIRECTED, sk);
+        let _ = PL_REDIRECTED.remove(cookie);
         if flags & Redirected::REBOUND != 0 {
             let bound4 = bound[1] | bound[2] | bound[3] == 0 && bound[0] != 0;
             bind_to(ctx, if v6 && bound4 { [0, 0, MAPPED, bound[0]] } else { bound }, 0, v6);
@@ -351,10 +363,10 @@ fn pass(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, v6: bool) -> i32 {
 
 /// The failure mode: passes on, or refuses with `errno`.
 #[inline(always)]
-fn fail(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, config: &WorkloadConfig, v6: bool, errno: i32) -> i32 {
+fn fail(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, v6: bool, errno: i32) -> i32 {
     if config.flags & flags::FAIL_CLOSED == 0 {
         count(Counter::OutboundFailedOpen);
-        return pass(ctx, sk, v6);
+        return pass(ctx, v6);
     }
     count(Counter::OutboundFailedClosed);
     // SAFETY: sets the result of the system call (Linux 5.18).

@@ -118,8 +118,8 @@ fn free(slot: *mut Slot, id: u32, seen: u64) {
 
 /// What a question about a slot finds.
 pub enum Asked {
-    /// The destination; the slot is to be given back with [`answered`].
-    Found(Destination, u64),
+    /// The destination, the workload's number and the slot's tag; the slot is to be given back with [`answered`].
+    Found(Destination, u32, u64),
     /// The slot belongs to another connection by now.
     Stale,
 }
@@ -130,10 +130,11 @@ pub fn ask(address: pillion_common::SlotAddress, netns: u64) -> Asked {
     let Some(slot) = PL_SLOTS.get_ptr_mut(address.slot) else { return Asked::Stale };
     let before = atomic::load(tag_of(slot));
     // SAFETY: a map value; may be written at the same time by a claim, which the second look at the tag detects.
-    let (destination, owner) = unsafe {
+    let (destination, owner, workload) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*slot).destination),
             core::ptr::read_volatile(&raw const (*slot).netns),
+            core::ptr::read_volatile(&raw const (*slot).workload),
         )
     };
     let after = atomic::load(tag_of(slot));
@@ -144,7 +145,7 @@ pub fn ask(address: pillion_common::SlotAddress, netns: u64) -> Asked {
     {
         return Asked::Stale;
     }
-    Asked::Found(destination, before)
+    Asked::Found(destination, workload, before)
 }
 
 /// Gives back the slot of an answered (or abandoned) question.
@@ -155,13 +156,13 @@ pub fn answered(id: u32, seen: u64) {
     }
 }
 
-/// Keeps a destination by the source of the connection. Fails while another connection from the same source has not
-/// been asked for, because its answer would be wrong.
+/// Keeps a destination by the source of the connection. Fails while another connection from the same source is known,
+/// because its answer would be wrong.
 #[inline(always)]
-pub fn keep_by_source(key: &BySourceKey, destination: &Destination) -> bool {
-    let time = now();
-    let value = BySource { destination: *destination, time };
+pub fn keep_by_source(key: &BySourceKey, destination: &Destination, workload: u32) -> bool {
     const BPF_NOEXIST: u64 = 1;
+    let time = now();
+    let value = BySource { destination: *destination, time, workload };
     if PL_BY_SOURCE.insert(key, value, BPF_NOEXIST).is_ok() {
         return true;
     }
@@ -175,6 +176,13 @@ pub fn keep_by_source(key: &BySourceKey, destination: &Destination) -> bool {
         count(Counter::SlotsExhausted);
     }
     kept
+}
+
+/// Keeps the answer from the slot with tag `seen` for as long as the companion has the connection open.
+#[inline(always)]
+pub fn keep_answer(key: &BySourceKey, destination: &Destination, workload: u32, seen: u64) -> bool {
+    let value = BySource { destination: *destination, time: tag::time(seen), workload };
+    PL_BY_SOURCE.insert(key, value, 0).is_ok()
 }
 
 /// Gives back whatever carries the destination of a socket whose connection did not come about.

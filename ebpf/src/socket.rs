@@ -1,9 +1,8 @@
 //! Reading sockets and contexts: every raw access to a kernel structure that programs share.
 
 use aya_ebpf::{
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr},
-    btf_maps::SkStorage,
-    helpers::generated::{bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_delete, bpf_sk_storage_get},
+    bindings::{bpf_sock, bpf_sock_addr},
+    helpers::generated::{bpf_get_socket_cookie, bpf_map_lookup_elem, bpf_sk_release},
 };
 use pillion_common::{AF_INET, AF_INET6, ListenerKey};
 
@@ -38,34 +37,17 @@ macro_rules! write {
 }
 pub(crate) use {read, write};
 
-/// The storage of `map` on `sk`, made from `initial` when that is given.
-#[inline(always)]
-pub fn storage<V>(
-    map: &'static SkStorage<V>,
-    sk: *mut bpf_sock,
-    initial: Option<&V>,
-) -> Option<&'static mut V> {
-    let (value, flags) = match initial {
-        Some(initial) => ((&raw const *initial).cast_mut().cast(), u64::from(BPF_SK_STORAGE_GET_F_CREATE)),
-        None => (core::ptr::null_mut(), 0),
-    };
-    // SAFETY: the verifier checks map, socket and value; a non-null result is a value of the map for this run.
-    unsafe {
-        bpf_sk_storage_get((&raw const *map).cast_mut().cast(), sk.cast(), value, flags).cast::<V>().as_mut()
-    }
-}
-
-/// Removes the storage of `map` on `sk`.
-#[inline(always)]
-pub fn forget<V>(map: &'static SkStorage<V>, sk: *mut bpf_sock) {
-    // SAFETY: as for `storage`. An absent value is not an error here.
-    unsafe { bpf_sk_storage_delete((&raw const *map).cast_mut().cast(), sk.cast()) };
-}
-
 /// The socket of a `sock_addr` context.
 #[inline(always)]
 pub fn socket_of(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
     read!((*ctx).__bindgen_anon_1.sk)
+}
+
+/// The cookie of the context's socket: unique since boot (Linux 5.12 for a `sock` context).
+#[inline(always)]
+pub fn cookie<T>(ctx: *mut T) -> u64 {
+    // SAFETY: called with contexts of types that the helper takes.
+    unsafe { bpf_get_socket_cookie(ctx.cast()) }
 }
 
 /// Looks up a companion's listening socket and releases it again: is there one that listens?

@@ -4,6 +4,8 @@
 //! talk, `report` turns samples into figures. Everything runs on one CPU; the modes take turns within every round, so
 //! that what disturbs the machine disturbs all of them.
 
+#![expect(clippy::print_stdout, reason = "a command line program")]
+
 mod peers;
 mod report;
 mod stage;

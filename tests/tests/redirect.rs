@@ -181,16 +181,27 @@ impl Stage {
         Ok(first)
     }
 
+    /// Slots that wait, and destinations kept by source.
     fn busy(&self) -> Result<(u64, u64)> {
         let counters = self.dataplane.counters()?;
         Ok((counters.slots_busy, counters.by_source))
     }
 
+    /// Ends redirection, and its memory of connections that are still open.
+    fn detach(&mut self) -> Result<()> {
+        let mut guard = self.guard.take().context("attached")?;
+        assert_eq!(guard.drain()?, 0);
+        guard.detach()?;
+        let counters = self.dataplane.counters()?;
+        assert_eq!((counters.by_source, counters.connections), (0, 0), "connections that are not forgotten");
+        Ok(())
+    }
+
     /// Everything must be given back, and the kernel must have forgotten us.
     fn end(mut self) -> Result<()> {
-        assert_eq!(self.busy()?, (0, 0), "slots and sources that are not given back");
-        if let Some(guard) = self.guard.take() {
-            guard.detach()?;
+        assert_eq!(self.busy()?.0, 0, "slots that are not given back");
+        if self.guard.is_some() {
+            self.detach()?;
         }
         self.close()
     }
@@ -229,6 +240,7 @@ fn outbound_connections_reach_the_companion_and_keep_their_names() -> Result<()>
         }
         let counters = stage.dataplane.counters()?;
         assert_eq!((counters.outbound_redirected, counters.destinations_answered), (5, 5));
+        assert_eq!((stage.busy()?, counters.connections), ((0, 0), 0), "everything is closed");
         stage.end()
     })
 }
@@ -488,7 +500,7 @@ fn rules_change_and_end_without_touching_connections() -> Result<()> {
         stage.app.connect(fourth, server)??;
         assert_eq!(stage.asked(stage.by4, Domain::V4)?, Ok(server));
 
-        stage.guard.take().context("attached")?.detach()?;
+        stage.detach()?;
         assert_eq!(stage.app.converse(server, "detached")?, Ok("detached".to_owned()));
         stage.app.send(socket, "still with the companion")??;
         assert_eq!(stage.companion.receive(accepted)??, "still with the companion");

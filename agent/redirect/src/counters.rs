@@ -21,8 +21,11 @@ pub struct Counters {
     pub inbound_failed_closed: u64,
     /// Slots that wait for their companion's question right now.
     pub slots_busy: u64,
-    /// Destinations kept by source right now.
+    /// Destinations kept by source right now: connections that companions have asked for and not closed yet, and those
+    /// of bound sockets.
     pub by_source: u64,
+    /// Redirected sockets of workloads that are open right now.
+    pub connections: u64,
 }
 
 impl Counters {

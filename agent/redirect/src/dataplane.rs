@@ -19,7 +19,7 @@ use aya::{
 };
 use pillion_common::{
     BySource, BySourceKey, CompanionConfig, Counter, ExcludedPort, InboundRule, LAYOUT_VERSION, ListenerKey,
-    Network4, Network6, PortKey, SLOTS, Slot, WorkloadConfig, tag,
+    Network4, Network6, PortKey, Redirected, SLOTS, Slot, WorkloadConfig, tag,
 };
 use pillion_workload::CgroupId;
 
@@ -65,6 +65,7 @@ pub(crate) struct Maps {
     companions: Map,
     slots: Array<MapData, Slot>,
     by_source: HashMap<MapData, BySourceKey, BySource>,
+    redirected: HashMap<MapData, u64, Redirected>,
     ports: HashMap<MapData, PortKey, ExcludedPort>,
     networks4: LpmTrie<MapData, Network4, u32>,
     networks6: LpmTrie<MapData, Network6, u32>,
@@ -140,6 +141,7 @@ impl Dataplane {
             counters.slots_busy += u64::from(tag::is_busy(slot.tag));
         }
         counters.by_source = maps.by_source.keys().count() as u64;
+        counters.connections = maps.redirected.keys().count() as u64;
         Ok(counters)
     }
 
@@ -213,6 +215,7 @@ impl Maps {
             companions: plain("PL_COMPANIONS")?,
             slots: typed(object, "PL_SLOTS")?,
             by_source: typed(object, "PL_BY_SOURCE")?,
+            redirected: typed(object, "PL_REDIRECTED")?,
             ports: typed(object, "PL_PORTS")?,
             networks4: typed(object, "PL_NETS4")?,
             networks6: typed(object, "PL_NETS6")?,
@@ -236,6 +239,39 @@ impl Maps {
         config: &CompanionConfig,
     ) -> Result<(), RedirectError> {
         write_storage(&self.companions, "PL_COMPANIONS", cgroup, config)
+    }
+
+    /// How many connections of a workload wait for their companion's question.
+    pub(crate) fn waiting(&self, workload: u32) -> Result<usize, RedirectError> {
+        let mut waiting = 0;
+        for slot in self.slots.iter() {
+            let slot = slot.map_err(RedirectError::map("PL_SLOTS"))?;
+            waiting += usize::from(slot.workload == workload && tag::is_busy(slot.tag));
+        }
+        Ok(waiting)
+    }
+
+    /// Forgets the connections of a workload whose programs are detached and will not do it.
+    pub(crate) fn forget_connections(&mut self, workload: u32) -> Result<(), RedirectError> {
+        let cookies: Vec<u64> = self
+            .redirected
+            .iter()
+            .flatten()
+            .filter_map(|(key, value)| (value.workload == workload).then_some(key))
+            .collect();
+        for cookie in cookies {
+            absent_is_fine(self.redirected.remove(&cookie), "PL_REDIRECTED")?;
+        }
+        let sources: Vec<BySourceKey> = self
+            .by_source
+            .iter()
+            .flatten()
+            .filter_map(|(key, value)| (value.workload == workload).then_some(key))
+            .collect();
+        for source in sources {
+            absent_is_fine(self.by_source.remove(&source), "PL_BY_SOURCE")?;
+        }
+        Ok(())
     }
 
     pub(crate) fn exclude_port(&mut self, key: PortKey) -> Result<(), RedirectError> {

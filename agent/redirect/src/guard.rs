@@ -307,7 +307,16 @@ impl RedirectGuard {
         Ok(())
     }
 
+    /// Redirects no new connection from now on, but still answers companions, which may not have asked for all of those
+    /// that were made before. Returns how many they have not asked for.
+    pub fn drain(&mut self) -> Result<usize, RedirectError> {
+        self.stop_redirecting()?;
+        self.dataplane.maps().waiting(self.rules.config.workload)
+    }
+
     /// Ends redirection. Open connections stay with the companion. Goes on after an error and returns the first.
+    ///
+    /// To lose no connection that a companion has not asked for yet, [`RedirectGuard::drain`] until there is none.
     pub fn detach(mut self) -> Result<(), RedirectError> {
         self.undo()
     }
@@ -315,6 +324,18 @@ impl RedirectGuard {
     /// Leaves everything in force for the next agent.
     pub fn leave(mut self) {
         self.done = true;
+    }
+
+    /// Ends the links of the workload: one write turns redirection off, then they go one by one.
+    fn stop_redirecting(&mut self) -> Result<(), RedirectError> {
+        let mut result = Ok(());
+        if self.outbound.iter().any(Link::has_cgroup) {
+            result = self.dataplane.maps().configure_workload(self.cgroup.id, &WorkloadConfig::default());
+        }
+        for link in self.inbound.take().into_iter().chain(self.outbound.drain(..).rev()) {
+            result = result.and(link.detach());
+        }
+        result
     }
 
     fn undo(&mut self) -> Result<(), RedirectError> {
@@ -325,13 +346,7 @@ impl RedirectGuard {
                 first.get_or_insert(error);
             }
         };
-        if !self.outbound.is_empty() && self.outbound.iter().any(Link::has_cgroup) {
-            // One write turns redirection off; the links go afterwards one by one.
-            note(self.dataplane.maps().configure_workload(self.cgroup.id, &WorkloadConfig::default()));
-        }
-        for link in self.inbound.take().into_iter().chain(self.outbound.drain(..).rev()) {
-            note(link.detach());
-        }
+        note(self.stop_redirecting());
         let directory = self.dataplane.links(self.rules.config.workload);
         for (name, (_, links)) in std::mem::take(&mut self.companions) {
             for link in links {
@@ -341,6 +356,7 @@ impl RedirectGuard {
             note(remove_if_there(fs::remove_dir(&path)).map_err(RedirectError::sys("cannot remove", &path)));
         }
         note(self.remove_entries());
+        note(self.dataplane.maps().forget_connections(self.rules.config.workload));
         note(
             remove_if_there(fs::remove_dir(&directory))
                 .map_err(RedirectError::sys("cannot remove", &directory)),

@@ -47,7 +47,7 @@ pub(crate) const COMPANION_PROGRAMS: [CgroupProgram; 2] =
 pub(crate) const STEER_PROGRAM: &str = "pl_steer";
 
 /// Every map of the object.
-pub(crate) const MAPS: [&str; 14] = [
+pub(crate) const MAPS: [&str; 13] = [
     "PL_WORKLOADS",
     "PL_COMPANIONS",
     "PL_SLOTS",
@@ -55,7 +55,6 @@ pub(crate) const MAPS: [&str; 14] = [
     "PL_FRESH",
     "PL_BY_SOURCE",
     "PL_REDIRECTED",
-    "PL_ANSWERS",
     "PL_PORTS",
     "PL_NETS4",
     "PL_NETS6",

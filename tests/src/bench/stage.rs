@@ -29,6 +29,8 @@ use super::{Kind, peers::Order};
 use crate::{CgroupGuard, End, NetNs};
 
 const PORT: u16 = 15001;
+/// Of a companion without any program of ours on it, which is dialled by its own address.
+const PLAIN_PORT: u16 = 15002;
 
 /// How the client reaches its peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -123,8 +125,10 @@ impl Stage {
         let (workload, companion, others) = (CgroupGuard::new()?, CgroupGuard::new()?, CgroupGuard::new()?);
         let own = [format!("127.0.0.1:{PORT}"), format!("[::1]:{PORT}")];
         let serve = ["serve", &own[0], &own[1]];
+        let plain = [format!("127.0.0.1:{PLAIN_PORT}"), format!("[::1]:{PLAIN_PORT}")];
         let mut servers = vec![
             Peer::start(&near, &companion, &serve)?,
+            Peer::start(&near, &others, &["serve", &plain[0], &plain[1]])?,
             Peer::start(&near_nat, &others, &serve)?,
             Peer::start(&far, &others, &["serve", "10.77.0.2:80", "[fd77::2]:80"])?,
             Peer::start(&far_nat, &others, &["serve", "10.77.0.2:80", "[fd77::2]:80"])?,
@@ -164,7 +168,7 @@ impl Stage {
     /// One turn: `batch` samples in nanoseconds.
     pub(super) fn sample(&mut self, mode: Mode, kind: Kind, v6: bool, batch: u32) -> Result<Vec<u64>> {
         let server: SocketAddr = if v6 { "[fd77::2]:80" } else { "10.77.0.2:80" }.parse()?;
-        let own = SocketAddr::new(if v6 { "::1" } else { "127.0.0.1" }.parse()?, PORT);
+        let own = SocketAddr::new(if v6 { "::1" } else { "127.0.0.1" }.parse()?, PLAIN_PORT);
         let (client, destination) = match mode {
             Mode::Direct => (&mut self.plain, server),
             Mode::Dial => (&mut self.plain, own),

@@ -113,7 +113,7 @@ impl Stage {
             }
             Request::Disconnect { socket } => rustix::net::connect_unspec(self.get(socket)?)?,
             Request::Flood { connections, threads } => {
-                return Ok(Value::Flooded(flood::flood(connections, threads)?));
+                return Ok(Value::Flooded(flood::flood(connections, threads)));
             }
             Request::Audit { address, threads, batch, stall_ms, asks } => {
                 let stall = Duration::from_millis(stall_ms.into());
