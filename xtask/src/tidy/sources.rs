@@ -23,8 +23,8 @@ const UNSAFE: &[&str] = &[
 
 /// Who may say that a companion is ready: the check itself.
 const READY: &str = "agent/companion/src/readiness.rs";
-/// Where else the words may stand: the type's own definition, and suites that try redirection without a companion.
-const READY_TOO: &[&str] = &["agent/workload/src/ready.rs", "tests/tests/"];
+/// Where else the words may stand: the type's own definition, and tests of redirection without the companion crate.
+const READY_TOO: &[&str] = &["agent/workload/src/ready.rs", "tests/"];
 
 /// What no file may contain. In pieces, so that this file does not.
 const FORBIDDEN: &[(&str, &str)] = &[
