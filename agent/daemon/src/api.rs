@@ -29,55 +29,52 @@ use pillion_workload::{
 };
 use serde::{Deserialize, Serialize};
 
-/// Where the agent listens unless told otherwise.
-pub const DEFAULT_SOCKET: &str = "/run/pillion/admin.sock";
-
 /// The paths of the API.
-pub mod path {
+pub(crate) mod path {
     /// `GET`: [`super::StatusResponse`].
-    pub const STATUS: &str = "/v1/status";
+    pub(crate) const STATUS: &str = "/v1/status";
     /// `GET`: [`super::WorkloadsResponse`]; with `/{id}` behind it: [`super::WorkloadDetail`].
-    pub const WORKLOADS: &str = "/v1/workloads";
+    pub(crate) const WORKLOADS: &str = "/v1/workloads";
     /// `GET`: lines of [`super::EventRecord`].
-    pub const EVENTS: &str = "/v1/events";
+    pub(crate) const EVENTS: &str = "/v1/events";
     /// `POST` [`super::OverrideRequest`]: [`super::WorkloadSummary`].
-    pub const ATTACH: &str = "/v1/attach";
+    pub(crate) const ATTACH: &str = "/v1/attach";
     /// `POST` [`super::OverrideRequest`]: [`super::WorkloadSummary`].
-    pub const DETACH: &str = "/v1/detach";
+    pub(crate) const DETACH: &str = "/v1/detach";
     /// `POST`: [`super::ReloadResponse`].
-    pub const RELOAD: &str = "/v1/reload";
+    pub(crate) const RELOAD: &str = "/v1/reload";
     /// `POST` [`super::ExplainRequest`]: [`super::ExplainResponse`].
-    pub const EXPLAIN: &str = "/v1/explain";
+    pub(crate) const EXPLAIN: &str = "/v1/explain";
 }
 
 /// The agent as a whole.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct StatusResponse {
+pub(crate) struct StatusResponse {
     /// Version of the agent.
-    pub version: String,
+    pub(crate) version: String,
     /// Its pid.
-    pub pid: i32,
+    pub(crate) pid: i32,
     /// When it started.
-    pub started_at: Timestamp,
+    pub(crate) started_at: Timestamp,
     /// `ok` when `problems` is empty.
-    pub health: Health,
+    pub(crate) health: Health,
     /// What is not as it should be, most severe first.
-    pub problems: Vec<Problem>,
+    pub(crate) problems: Vec<Problem>,
     /// Loaded policies and the last reload.
-    pub policies: PolicyStatus,
+    pub(crate) policies: PolicyStatus,
     /// Runtime sources.
-    pub sources: Vec<SourceStatus>,
+    pub(crate) sources: Vec<SourceStatus>,
     /// The kernel side.
-    pub dataplane: DataplaneStatus,
+    pub(crate) dataplane: DataplaneStatus,
     /// Number of workloads by verdict; every verdict is present.
-    pub workloads: BTreeMap<Verdict, usize>,
+    pub(crate) workloads: BTreeMap<Verdict, usize>,
 }
 
 /// Whether somebody should look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Health {
+pub(crate) enum Health {
     /// Nothing to see.
     Ok,
     /// Something in `problems` needs attention; what works is left working. Exit code 5.
@@ -87,71 +84,71 @@ pub enum Health {
 /// One thing that is not as it should be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Problem {
+pub(crate) struct Problem {
     /// Which part: `policy`, `source`, `workload`, `journal`, `dataplane`.
-    pub area: String,
+    pub(crate) area: String,
     /// What is wrong, with its subject.
-    pub message: String,
+    pub(crate) message: String,
 }
 
 /// The policies in force.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct PolicyStatus {
+pub(crate) struct PolicyStatus {
     /// The directory that is watched.
-    pub directory: PathBuf,
+    pub(crate) directory: PathBuf,
     /// Counts accepted changes; 0 while nothing has been loaded.
-    pub generation: u64,
+    pub(crate) generation: u64,
     /// When the policies in force were loaded.
-    pub loaded_at: Option<Timestamp>,
+    pub(crate) loaded_at: Option<Timestamp>,
     /// The policies in force, by descending priority.
-    pub policies: Vec<PolicySummary>,
+    pub(crate) policies: Vec<PolicySummary>,
     /// Why the newest reload was refused; the policies in force are those of before.
-    pub refused: Option<RefusedReload>,
+    pub(crate) refused: Option<RefusedReload>,
 }
 
 /// A policy in force.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct PolicySummary {
+pub(crate) struct PolicySummary {
     /// `metadata.name`.
-    pub name: PolicyName,
+    pub(crate) name: PolicyName,
     /// `spec.priority`.
-    pub priority: i64,
+    pub(crate) priority: i64,
     /// The workloads whose plan comes from it.
-    pub workloads: usize,
+    pub(crate) workloads: usize,
 }
 
 /// A reload that was refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct RefusedReload {
+pub(crate) struct RefusedReload {
     /// When.
-    pub at: Timestamp,
+    pub(crate) at: Timestamp,
     /// All faults, as `pillion validate` prints them. Several lines.
-    pub message: String,
+    pub(crate) message: String,
 }
 
 /// A runtime source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct SourceStatus {
+pub(crate) struct SourceStatus {
     /// Such as `containerd`.
-    pub name: String,
+    pub(crate) name: String,
     /// Whether it is connected.
-    pub state: SourceState,
+    pub(crate) state: SourceState,
     /// Since when it is in that state.
-    pub since: Timestamp,
+    pub(crate) since: Timestamp,
     /// Why it is down.
-    pub error: Option<String>,
+    pub(crate) error: Option<String>,
     /// Workloads that it told of.
-    pub workloads: usize,
+    pub(crate) workloads: usize,
 }
 
 /// Whether a source is connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum SourceState {
+pub(crate) enum SourceState {
     /// Not yet heard of.
     Connecting,
     /// Connected; its snapshot has been taken.
@@ -173,17 +170,17 @@ impl fmt::Display for SourceState {
 /// The kernel side.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct DataplaneStatus {
+pub(crate) struct DataplaneStatus {
     /// Where links and maps are pinned.
-    pub pin_root: PathBuf,
+    pub(crate) pin_root: PathBuf,
     /// Counters of the eBPF programs, by name, since the maps were made.
-    pub counters: BTreeMap<String, u64>,
+    pub(crate) counters: BTreeMap<String, u64>,
 }
 
 /// What has become of a workload. Every known workload has exactly one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// Companions ready, sockets redirected.
     Attached,
     /// Companions are starting, or sockets are about to be redirected.
@@ -202,7 +199,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// All verdicts, in the order in which they are shown.
-    pub const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Attached,
         Self::Attaching,
         Self::Degraded,
@@ -213,7 +210,7 @@ impl Verdict {
     ];
 
     /// Whether it needs somebody's attention.
-    pub fn is_problem(self) -> bool {
+    pub(crate) fn is_problem(self) -> bool {
         match self {
             Self::Degraded | Self::Failed => true,
             Self::Attached | Self::Attaching | Self::Detaching | Self::Held | Self::NotMatched => false,
@@ -221,7 +218,7 @@ impl Verdict {
     }
 
     /// The name used in JSON, tables and metric labels.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Attached => "attached",
             Self::Attaching => "attaching",
@@ -243,62 +240,62 @@ impl fmt::Display for Verdict {
 /// All workloads, by id.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct WorkloadsResponse {
+pub(crate) struct WorkloadsResponse {
     /// Sorted by id.
-    pub workloads: Vec<WorkloadSummary>,
+    pub(crate) workloads: Vec<WorkloadSummary>,
 }
 
 /// One line of `pillion list`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct WorkloadSummary {
+pub(crate) struct WorkloadSummary {
     /// Its id.
-    pub id: WorkloadId,
+    pub(crate) id: WorkloadId,
     /// Where it comes from.
-    pub runtime: RuntimeKind,
+    pub(crate) runtime: RuntimeKind,
     /// The runtime's name for it.
-    pub name: String,
+    pub(crate) name: String,
     /// The runtime's namespace.
-    pub namespace: Option<String>,
+    pub(crate) namespace: Option<String>,
     /// Its first process.
-    pub pid: i32,
+    pub(crate) pid: i32,
     /// What has become of it.
-    pub verdict: Verdict,
+    pub(crate) verdict: Verdict,
     /// Since when.
-    pub since: Timestamp,
+    pub(crate) since: Timestamp,
     /// Why, where the verdict does not say it all.
-    pub reason: Option<String>,
+    pub(crate) reason: Option<String>,
     /// The policy that selects it.
-    pub policy: Option<PolicyName>,
+    pub(crate) policy: Option<PolicyName>,
     /// Its companions, in order.
-    pub companions: Vec<CompanionStatus>,
+    pub(crate) companions: Vec<CompanionStatus>,
     /// Whether redirection was in force before its first instruction; absent while never attached.
-    pub first_instruction: Option<FirstInstruction>,
+    pub(crate) first_instruction: Option<FirstInstruction>,
     /// From the runtime's word of it to redirection in force, in milliseconds; absent while never attached and when
     /// adopted from an earlier agent.
-    pub attach_millis: Option<u64>,
+    pub(crate) attach_millis: Option<u64>,
 }
 
 /// A companion of a workload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct CompanionStatus {
+pub(crate) struct CompanionStatus {
     /// Its name in the policy.
-    pub name: CompanionName,
+    pub(crate) name: CompanionName,
     /// What it is doing.
-    pub state: CompanionState,
+    pub(crate) state: CompanionState,
     /// Its first process, while it has one.
-    pub pid: Option<i32>,
+    pub(crate) pid: Option<i32>,
     /// How often it was started again since the attach, by this agent.
-    pub restarts: u64,
+    pub(crate) restarts: u64,
     /// Why it is not ready.
-    pub error: Option<String>,
+    pub(crate) error: Option<String>,
 }
 
 /// What a companion is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum CompanionState {
+pub(crate) enum CompanionState {
     /// Started, not ready yet, or waiting to be started again.
     Starting,
     /// Its readiness probe has passed.
@@ -320,56 +317,56 @@ impl fmt::Display for CompanionState {
 /// Everything about one workload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct WorkloadDetail {
+pub(crate) struct WorkloadDetail {
     /// What `list` shows.
     #[serde(flatten)]
-    pub summary: WorkloadSummary,
+    pub(crate) summary: WorkloadSummary,
     /// What policies select on.
-    pub subject: Subject,
+    pub(crate) subject: Subject,
     /// Which one it is.
-    pub instance: Instance,
+    pub(crate) instance: Instance,
     /// The plan in force or in the making.
-    pub plan: Option<Plan>,
+    pub(crate) plan: Option<Plan>,
     /// What happens while a companion is missing.
-    pub on_failure: Option<FailureMode>,
+    pub(crate) on_failure: Option<FailureMode>,
     /// The ports that companions listen on for it.
-    pub ports: Option<PortsInUse>,
+    pub(crate) ports: Option<PortsInUse>,
     /// The decision, policy by policy.
-    pub reasons: Vec<ReasonInfo>,
+    pub(crate) reasons: Vec<ReasonInfo>,
     /// Its latest events, oldest first.
-    pub events: Vec<EventRecord>,
+    pub(crate) events: Vec<EventRecord>,
 }
 
 /// Companion ports in the workload's network namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct PortsInUse {
+pub(crate) struct PortsInUse {
     /// Where outbound connections go.
-    pub outbound: Option<u16>,
+    pub(crate) outbound: Option<u16>,
     /// Where inbound connections go: companion port by application port.
-    pub inbound: BTreeMap<u16, u16>,
+    pub(crate) inbound: BTreeMap<u16, u16>,
 }
 
 /// What one policy said about a workload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct ReasonInfo {
+pub(crate) struct ReasonInfo {
     /// Its name.
-    pub policy: PolicyName,
+    pub(crate) policy: PolicyName,
     /// Its priority.
-    pub priority: i64,
+    pub(crate) priority: i64,
     /// How it came out.
-    pub outcome: ReasonOutcome,
+    pub(crate) outcome: ReasonOutcome,
     /// For `shadowed`: the policy that won.
-    pub shadowed_by: Option<PolicyName>,
+    pub(crate) shadowed_by: Option<PolicyName>,
     /// Every field of its selector.
-    pub fields: Vec<FieldInfo>,
+    pub(crate) fields: Vec<FieldInfo>,
 }
 
 /// How a policy came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum ReasonOutcome {
+pub(crate) enum ReasonOutcome {
     /// It matched and won.
     Selected,
     /// It matched, but another won.
@@ -381,50 +378,50 @@ pub enum ReasonOutcome {
 /// One field of a selector, and what the workload has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct FieldInfo {
+pub(crate) struct FieldInfo {
     /// Such as `runtimes` or `labels.app`.
-    pub field: String,
+    pub(crate) field: String,
     /// Whether it matched.
-    pub matched: bool,
+    pub(crate) matched: bool,
     /// What the policy wants.
-    pub wanted: String,
+    pub(crate) wanted: String,
     /// What the workload has, if anything.
-    pub actual: Option<String>,
+    pub(crate) actual: Option<String>,
 }
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct EventRecord {
+pub(crate) struct EventRecord {
     /// Counts from 1 at each start of the agent; a gap means that events were dropped.
-    pub sequence: u64,
+    pub(crate) sequence: u64,
     /// When.
-    pub at: Timestamp,
+    pub(crate) at: Timestamp,
     /// What kind of thing.
-    pub kind: EventKind,
+    pub(crate) kind: EventKind,
     /// For a human.
-    pub message: String,
+    pub(crate) message: String,
     /// The workload it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub workload: Option<WorkloadId>,
+    pub(crate) workload: Option<WorkloadId>,
     /// The companion it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub companion: Option<CompanionName>,
+    pub(crate) companion: Option<CompanionName>,
     /// The policy it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub policy: Option<PolicyName>,
+    pub(crate) policy: Option<PolicyName>,
     /// For `attached`: whether that was before the first instruction.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub first_instruction: Option<FirstInstruction>,
+    pub(crate) first_instruction: Option<FirstInstruction>,
     /// For `attached`: from the runtime's word to redirection in force, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub attach_millis: Option<u64>,
+    pub(crate) attach_millis: Option<u64>,
 }
 
 /// Kinds of events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum EventKind {
+pub(crate) enum EventKind {
     /// The agent is up.
     AgentStarted,
     /// The agent is going; attachments stay.
@@ -476,29 +473,29 @@ pub enum EventKind {
 /// Manual override: `attach` ends a hold and attaches, `detach` holds the workload detached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct OverrideRequest {
+pub(crate) struct OverrideRequest {
     /// The workload.
-    pub workload: WorkloadId,
+    pub(crate) workload: WorkloadId,
     /// How long to wait for the outcome, in seconds, at most 300; 30 when absent. Afterwards the answer has the
     /// verdict `attaching` or `detaching` and the work goes on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub wait_seconds: Option<u16>,
+    pub(crate) wait_seconds: Option<u16>,
 }
 
 /// The outcome of a reload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct ReloadResponse {
+pub(crate) struct ReloadResponse {
     /// Whether the files are now in force; else `policies.refused` says why not.
-    pub accepted: bool,
+    pub(crate) accepted: bool,
     /// The policies in force.
-    pub policies: PolicyStatus,
+    pub(crate) policies: PolicyStatus,
 }
 
 /// What to explain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum ExplainRequest {
+pub(crate) enum ExplainRequest {
     /// A workload that the agent knows.
     Workload(WorkloadId),
     /// A described one.
@@ -508,36 +505,36 @@ pub enum ExplainRequest {
 /// A decision and its reasons.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct ExplainResponse {
+pub(crate) struct ExplainResponse {
     /// What was decided upon.
-    pub subject: Subject,
+    pub(crate) subject: Subject,
     /// The plan, if a policy selects it.
-    pub plan: Option<Plan>,
+    pub(crate) plan: Option<Plan>,
     /// Policy by policy.
-    pub reasons: Vec<ReasonInfo>,
+    pub(crate) reasons: Vec<ReasonInfo>,
 }
 
 /// Body of every answer that is not a success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct ErrorResponse {
+pub(crate) struct ErrorResponse {
     /// What is wrong, lower case, no full stop.
-    pub error: String,
+    pub(crate) error: String,
 }
 
 /// A point in time; RFC 3339 in JSON, in UTC with milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Timestamp(SystemTime);
+pub(crate) struct Timestamp(SystemTime);
 
 impl Timestamp {
     /// The time by the wall clock, to the millisecond.
-    pub fn now() -> Self {
+    pub(crate) fn now() -> Self {
         Self::from(SystemTime::now())
     }
 
     /// How long ago that was; zero when it lies ahead.
-    pub fn age(self) -> Duration {
+    pub(crate) fn age(self) -> Duration {
         self.0.elapsed().unwrap_or_default()
     }
 }

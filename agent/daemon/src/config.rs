@@ -3,29 +3,19 @@
 //! Every path can be moved by a flag or an environment variable, so that several agents can run on one machine (each
 //! test has its own). Never touches the file system.
 
-use std::{
-    fmt,
-    net::SocketAddr,
-    path::PathBuf,
-    str::FromStr,
-};
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
 
 use clap::{Args, ValueEnum};
 
 /// `pillion agent`.
 #[derive(Debug, Clone, Args)]
-pub struct AgentConfig {
+pub(crate) struct AgentConfig {
     /// Where the paths are.
     #[command(flatten)]
-    pub paths: Paths,
+    pub(crate) paths: Paths,
     /// Directory of policy files (*.yaml, *.yml); they and it must be root's and writable by nobody else
-    #[arg(
-        long,
-        env = "PILLION_POLICY_DIR",
-        value_name = "DIR",
-        default_value = "/etc/pillion/policy.d"
-    )]
-    pub policy_dir: PathBuf,
+    #[arg(long, env = "PILLION_POLICY_DIR", value_name = "DIR", default_value = "/etc/pillion/policy.d")]
+    pub(crate) policy_dir: PathBuf,
     /// containerd's socket, or 'none' to leave containerd alone
     #[arg(
         long,
@@ -33,66 +23,56 @@ pub struct AgentConfig {
         value_name = "PATH",
         default_value = "/run/containerd/containerd.sock"
     )]
-    pub containerd_socket: OrNone<PathBuf>,
+    pub(crate) containerd_socket: OrNone<PathBuf>,
     /// Where /livez, /readyz and /metrics answer, or 'none'
     #[arg(long, env = "PILLION_HTTP_ADDR", value_name = "ADDR", default_value = "127.0.0.1:9464")]
-    pub http_addr: OrNone<SocketAddr>,
+    pub(crate) http_addr: OrNone<SocketAddr>,
     /// How logs look
     #[command(flatten)]
-    pub log: LogConfig,
+    pub(crate) log: LogConfig,
 }
 
 impl AgentConfig {
     /// The admin API's socket.
-    pub fn admin_socket(&self) -> PathBuf {
+    pub(crate) fn admin_socket(&self) -> PathBuf {
         self.paths.run_dir.join("admin.sock")
     }
 
     /// Locked while an agent runs.
-    pub fn lock_file(&self) -> PathBuf {
+    pub(crate) fn lock_file(&self) -> PathBuf {
         self.paths.run_dir.join("agent.lock")
     }
 }
 
 /// Directories that the agent and `pillion run` write to.
 #[derive(Debug, Clone, Args)]
-pub struct Paths {
+pub(crate) struct Paths {
     /// Journal and companions' files
     #[arg(long, env = "PILLION_STATE_DIR", value_name = "DIR", default_value = "/var/lib/pillion")]
-    pub state_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
     /// Lock and admin socket
     #[arg(long, env = "PILLION_RUN_DIR", value_name = "DIR", default_value = "/run/pillion")]
-    pub run_dir: PathBuf,
-    /// Where eBPF links and maps are pinned; below a bpffs mount
+    pub(crate) run_dir: PathBuf,
+    /// Where the agent's eBPF links and maps are pinned, below a bpffs mount; `pillion run` makes a directory of its own in it
     #[arg(long, env = "PILLION_PIN_ROOT", value_name = "DIR", default_value = "/sys/fs/bpf/pillion")]
-    pub pin_root: PathBuf,
+    pub(crate) pin_root: PathBuf,
 }
 
 impl Paths {
-    /// The journal.
-    pub fn journal(&self) -> PathBuf {
-        self.state_dir.join("attachments")
-    }
-
-    /// Companions' files of the agent.
-    pub fn companions(&self) -> PathBuf {
+    /// Companions' files, of the agent.
+    pub(crate) fn companions(&self) -> PathBuf {
         self.state_dir.join("companions")
     }
 
-    /// Everything that belongs to one `pillion run`.
-    pub fn runs(&self) -> PathBuf {
+    /// Holds a state directory for each `pillion run`.
+    pub(crate) fn runs(&self) -> PathBuf {
         self.state_dir.join("run")
-    }
-
-    /// The agent's own pins; those of `pillion run` are beside them.
-    pub fn agent_pins(&self) -> PathBuf {
-        self.pin_root.join("agent")
     }
 }
 
 /// How logs look.
 #[derive(Debug, Clone, Args)]
-pub struct LogConfig {
+pub(crate) struct LogConfig {
     /// Format of the logs on stderr
     #[arg(
         long,
@@ -101,15 +81,15 @@ pub struct LogConfig {
         value_enum,
         default_value_t = LogFormat::Text
     )]
-    pub log_format: LogFormat,
-    /// What is logged: a level, or a tracing filter such as 'info,pillion_redirect=debug'
+    pub(crate) log_format: LogFormat,
+    /// What is logged: a level such as 'info', or a tracing filter
     #[arg(long, env = "PILLION_LOG_LEVEL", value_name = "FILTER", default_value = "info")]
-    pub log_level: String,
+    pub(crate) log_level: String,
 }
 
 /// Format of the logs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     /// One line for humans.
     Text,
     /// One JSON object a line.
@@ -118,11 +98,11 @@ pub enum LogFormat {
 
 /// A value, or the word `none`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OrNone<T>(pub Option<T>);
+pub(crate) struct OrNone<T>(pub(crate) Option<T>);
 
 impl<T> OrNone<T> {
     /// The value, if there is one.
-    pub fn get(&self) -> Option<&T> {
+    pub(crate) fn get(&self) -> Option<&T> {
         self.0.as_ref()
     }
 }
@@ -145,33 +125,36 @@ impl fmt::Display for OrNone<PathBuf> {
 
 /// `pillion run`.
 #[derive(Debug, Clone, Args)]
-pub struct RunConfig {
+pub(crate) struct RunConfig {
     /// Where the paths are.
     #[command(flatten)]
-    pub paths: Paths,
+    pub(crate) paths: Paths,
     /// Policy file; given several times, all are taken together
     #[arg(long, value_name = "FILE", required = true)]
-    pub policy: Vec<PathBuf>,
+    pub(crate) policy: Vec<PathBuf>,
     /// Network namespace of the command: the caller's, or a new one with nothing but loopback
     #[arg(long, value_enum, default_value_t = NetnsChoice::Host)]
-    pub netns: NetnsChoice,
+    pub(crate) netns: NetnsChoice,
     /// Run the command as it is, with a warning, when no policy selects it
     #[arg(long)]
-    pub allow_unmatched: bool,
+    pub(crate) allow_unmatched: bool,
     /// Labels of the process, for policies to select on
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
-    pub labels: Vec<(String, String)>,
-    /// How logs look
-    #[command(flatten)]
-    pub log: LogConfig,
+    pub(crate) labels: Vec<(String, String)>,
+    /// Format of Pillion's own logs on stderr
+    #[arg(long, env = "PILLION_LOG_FORMAT", value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+    /// What Pillion itself logs; 'warn' lets the command speak alone
+    #[arg(long, env = "PILLION_LOG_LEVEL", value_name = "FILTER", default_value = "warn")]
+    pub(crate) log_level: String,
     /// The command and its arguments
     #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
-    pub command: Vec<std::ffi::OsString>,
+    pub(crate) command: Vec<std::ffi::OsString>,
 }
 
 /// The network namespace of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum NetnsChoice {
+pub(crate) enum NetnsChoice {
     /// The caller's.
     Host,
     /// A new one, with loopback up and nothing else.

@@ -1,2 +1,119 @@
-//! Skeleton.
-fn main() {}
+//! The `pillion` binary: hands each command to its module and turns the outcome into an exit code.
+//!
+//! Wires, decides nothing. The two hidden commands come first, before anything that starts a thread or takes time:
+//! `launch` enters namespaces, which only a process with one thread can, and is started for every companion.
+
+mod admin;
+mod agent;
+mod api;
+mod check;
+mod cleanup;
+mod cli;
+mod client;
+mod config;
+mod controller;
+mod event_log;
+mod explain;
+mod http;
+mod inspect;
+mod inventory;
+mod journal;
+mod lock;
+mod metrics;
+mod notify;
+mod plan_text;
+mod policy_files;
+mod policy_watch;
+mod readable;
+mod render;
+mod run;
+mod telemetry;
+mod validate;
+mod views;
+mod witness;
+
+use std::{
+    io::{self, Read as _},
+    process::ExitCode,
+};
+
+use clap::{CommandFactory as _, Parser as _};
+
+use crate::{
+    cli::{Cli, Command, CompletionArgs},
+    client::ClientError,
+    render::{Paint, Tone, note},
+};
+
+/// Exit code 2.
+const USAGE: u8 = 2;
+/// Exit code 4.
+const UNREACHABLE: u8 = 4;
+/// It is a few hundred bytes long.
+const LONGEST_RELAY_CONFIG: u64 = 1 << 20;
+
+fn main() -> ExitCode {
+    if let Some(command) = std::env::args_os().nth(1) {
+        if command == "launch" {
+            pillion_companion::launch::main();
+        }
+        if command == "relay" {
+            return relay();
+        }
+    }
+    run(Cli::parse().command).unwrap_or_else(|error| report(&error))
+}
+
+/// The relay's configuration comes on standard input, so that it is in no process list.
+fn relay() -> ExitCode {
+    let config = io::stdin().lock().take(LONGEST_RELAY_CONFIG);
+    match serde_json::from_reader(config) {
+        Ok(config) => pillion_companion::relay::main(config),
+        Err(error) => {
+            note(format_args!(
+                "pillion relay is started by the agent, with its configuration on stdin: {error}"
+            ));
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Agent(args) => agent::main(*args),
+        Command::Run(args) => run::main(*args),
+        Command::Validate(args) => validate::main(&args),
+        Command::Explain(args) => in_background(explain::main(args)),
+        Command::Status(args) => in_background(inspect::status(args)),
+        Command::List(args) => in_background(inspect::list(args)),
+        Command::Describe(args) => in_background(inspect::describe(args)),
+        Command::Attach(args) => in_background(inspect::attach(args)),
+        Command::Detach(args) => in_background(inspect::detach(args)),
+        Command::Events(args) => in_background(inspect::events(args)),
+        Command::Check(args) => in_background(check::main(&args)),
+        Command::Cleanup(args) => cleanup::main(&args),
+        Command::Completion(args) => completion(&args),
+        Command::Version(args) => in_background(inspect::version(args)),
+    }
+}
+
+/// One thread does for a command that asks one question.
+fn in_background(work: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+fn completion(args: &CompletionArgs) -> anyhow::Result<ExitCode> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "pillion", &mut script);
+    render::stdout(&String::from_utf8(script)?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn report(error: &anyhow::Error) -> ExitCode {
+    let head = Paint::for_stderr().tone(Tone::Bad, "error");
+    note(format_args!("{head}: {}", render::plain_lines(&format!("{error:#}"))));
+    match error.downcast_ref::<ClientError>() {
+        Some(error) if error.is_unreachable() => ExitCode::from(UNREACHABLE),
+        _ => ExitCode::FAILURE,
+    }
+}

@@ -10,7 +10,7 @@ use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberI
 use crate::config::{LogConfig, LogFormat};
 
 /// Installs the process-wide subscriber. To be called once, before anything is logged.
-pub fn init(config: &LogConfig) -> anyhow::Result<()> {
+pub(crate) fn init(config: &LogConfig) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&config.log_level)
         .with_context(|| format!("--log-level {:?} is not a tracing filter", config.log_level))?;
     let registry = tracing_subscriber::registry().with(filter);

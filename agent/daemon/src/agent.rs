@@ -1,0 +1,229 @@
+//! `pillion agent`: builds every part, in order, and waits for the end. Reading [`run`] shows every part there is.
+//!
+//! Wires, decides nothing.
+
+use std::{process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use pillion_attachment::Node;
+use pillion_companion::{Host, HostConfig, LogLine, cgroup::CgroupRoots};
+use pillion_redirect::{Dataplane, LoadOptions};
+use pillion_runtime::{ContainerdConfig, ContainerdSource, SourceName};
+use pillion_workload::RuntimeKind;
+use prometheus_client::registry::Registry;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    admin::{self, Admin},
+    config::AgentConfig,
+    controller::{Beginning, Controller, Parts},
+    http::{self, Listener},
+    journal::Journal,
+    lock::{AgentLock, make_directory},
+    metrics::{DataplaneCollector, Metrics},
+    notify::{self, Notifier},
+    policy_watch::{self, LoadNow},
+    telemetry,
+};
+
+/// Every queue has room for a burst; who sends more waits.
+const QUEUE: usize = 64;
+const LOG_QUEUE: usize = 1024;
+/// What has not ended by then is left to the end of the process.
+const END_LIMIT: Duration = Duration::from_secs(6);
+
+/// Runs the agent to its end.
+pub(crate) fn main(config: AgentConfig) -> anyhow::Result<ExitCode> {
+    telemetry::init(&config.log)?;
+    // Two workers: one may be in a system call while the other answers.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(16)
+        .thread_keep_alive(Duration::from_secs(2))
+        .thread_stack_size(1 << 20)
+        .enable_all()
+        .build()
+        .context("the runtime cannot be started")?;
+    let result = runtime.block_on(run(config));
+    // A thread that hangs in the kernel must not keep us.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Builds every part and runs until SIGTERM or SIGINT. Attachments stay in force afterwards.
+pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
+    let notifier = Notifier::from_environment();
+    let stop = CancellationToken::new();
+
+    // Directories, and the lock before anything that two agents would fight over.
+    make_directory(&config.paths.run_dir, 0o755)
+        .with_context(|| format!("cannot make {}", config.paths.run_dir.display()))?;
+    make_directory(&config.paths.state_dir, 0o711)
+        .with_context(|| format!("cannot make {}", config.paths.state_dir.display()))?;
+    let lock = AgentLock::take(&config.lock_file(), &config.paths.state_dir)?;
+    let journal = Journal::open(&config.paths.state_dir).context("cannot open the journal")?;
+    let loaded = journal.load().context("cannot read the journal")?;
+
+    // The node: companions and redirection.
+    let options = LoadOptions::new(&config.paths.pin_root);
+    let dataplane = tokio::task::spawn_blocking(move || Dataplane::load(&options))
+        .await?
+        .context("cannot load the data plane; `pillion check` says what is missing")?;
+    let (log_lines, lines) = mpsc::channel(LOG_QUEUE);
+    let host = HostConfig {
+        state_dir: config.paths.state_dir.clone(),
+        launcher: std::env::current_exe().context("cannot find this program")?,
+        cgroups: CgroupRoots::discover()?,
+        die_with_parent: false,
+    };
+    let host = Host::new(host, log_lines).context("cannot run companions")?;
+    let node = Arc::new(Node { host, dataplane: dataplane.clone() });
+    tokio::spawn(log(lines));
+
+    // Sources.
+    let (runtime_events, runtime) = mpsc::channel(QUEUE);
+    let mut sources = Vec::new();
+    let mut witness = None;
+    if let Some(socket) = config.containerd_socket.get() {
+        let (_task, probe) =
+            ContainerdSource::spawn(ContainerdConfig::at(socket), runtime_events.clone(), stop.clone());
+        sources.push((SourceName::CONTAINERD, RuntimeKind::Containerd));
+        witness = Some(probe);
+    }
+
+    // Policies.
+    let (loads, load_requests) = mpsc::channel(4);
+    let (policy_loads, policies) = mpsc::channel(1);
+    let deliver = move |load| {
+        let policy_loads = policy_loads.clone();
+        async move {
+            // The controller has ended, and so will this.
+            let _ = policy_loads.send(load).await;
+        }
+    };
+    tokio::spawn(policy_watch::run(config.policy_dir.clone(), load_requests, deliver, stop.clone()));
+
+    // The controller.
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    registry.register_collector(Box::new(DataplaneCollector(dataplane.clone())));
+    let (requests, requests_in) = mpsc::channel(QUEUE);
+    let parts = Parts {
+        node,
+        journal,
+        witness,
+        metrics: metrics.clone(),
+        policy_dir: config.policy_dir.clone(),
+        pin_root: config.paths.pin_root.clone(),
+    };
+    let beginning = Beginning { sources, runtime, policies, requests: requests_in, stop: stop.clone() };
+    let controller = tokio::spawn(Controller::begin_with(parts, beginning, loaded).run());
+
+    // Servers.
+    let registry = Arc::new(registry);
+    let admin = Admin { requests, loads: loads.clone(), dataplane, metrics, registry };
+    let servers = serve(&config, &admin, &stop).await?;
+    notifier.ready();
+    info!(socket = %config.admin_socket().display(), "the agent is up");
+
+    let ended = wait(&notifier, &admin, &loads, controller, &stop).await;
+    drop(runtime_events);
+    let _ = timeout(END_LIMIT, futures(servers)).await;
+    let _ = std::fs::remove_file(config.admin_socket());
+    drop(lock);
+    ended
+}
+
+async fn serve(
+    config: &AgentConfig,
+    admin: &Admin,
+    stop: &CancellationToken,
+) -> anyhow::Result<Vec<JoinHandle<()>>> {
+    let socket = config.admin_socket();
+    let listener = admin::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+    let mut servers = vec![tokio::spawn(http::serve(listener, admin::api(admin.clone()), stop.clone()))];
+    if let Some(address) = config.http_addr.get() {
+        let listener = Listener::tcp(*address)
+            .await
+            .with_context(|| format!("cannot listen on {address}; --http-addr gives another, or 'none'"))?;
+        servers.push(tokio::spawn(http::serve(listener, admin::health(admin.clone()), stop.clone())));
+    }
+    Ok(servers)
+}
+
+/// Waits for a signal to end; reloads on SIGHUP; tells systemd that the controller answers.
+async fn wait(
+    notifier: &Notifier,
+    admin: &Admin,
+    loads: &mpsc::Sender<LoadNow>,
+    mut controller: JoinHandle<()>,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut watchdog = notify::watchdog_interval().map(|period| {
+        let mut ticks = interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        ticks
+    });
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => {
+                notifier.reloading();
+                let (asker, taken) = tokio::sync::oneshot::channel();
+                // A full queue means that a reload is about to happen anyway.
+                if loads.try_send(LoadNow { asker: Some(asker) }).is_ok() {
+                    let _ = timeout(END_LIMIT, taken).await;
+                }
+                notifier.ready();
+            }
+            () = async {
+                match &mut watchdog {
+                    Some(ticks) => { ticks.tick().await; }
+                    None => std::future::pending().await,
+                }
+            } => if admin.pulse().await.is_ok() {
+                notifier.alive();
+            } else {
+                warn!("the controller does not answer; systemd is not told that all is well");
+            },
+            ended = &mut controller => {
+                stop.cancel();
+                // Only a panic ends it before it is told to.
+                return Err(anyhow::anyhow!("the controller has ended: {ended:?}"));
+            }
+        }
+    }
+    notifier.stopping();
+    stop.cancel();
+    let _ = timeout(END_LIMIT, controller).await;
+    Ok(())
+}
+
+async fn futures(tasks: Vec<JoinHandle<()>>) {
+    for task in tasks {
+        let _ = task.await;
+    }
+}
+
+/// Companions' output, with whose it is.
+async fn log(mut lines: mpsc::Receiver<LogLine>) {
+    while let Some(line) = lines.recv().await {
+        info!(
+            workload = %line.workload,
+            companion = %line.companion,
+            stream = line.stream.as_str(),
+            "{}", line.line
+        );
+    }
+}

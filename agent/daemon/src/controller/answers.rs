@@ -1,0 +1,167 @@
+//! The controller's answers: its state in the words of the API. Changes nothing.
+
+use std::collections::BTreeMap;
+
+use pillion_policy::{Decision, PolicySet, Reason};
+use pillion_workload::{Subject, WorkloadId};
+
+use super::{Controller, Pulse, entry::ports};
+use crate::api::{
+    DataplaneStatus, ExplainRequest, ExplainResponse, FieldInfo, Health, PolicyStatus, PolicySummary,
+    Problem, ReasonInfo, ReasonOutcome, SourceState, SourceStatus, StatusResponse, Verdict, WorkloadDetail,
+};
+
+/// Events shown with a workload.
+const EVENTS_SHOWN: usize = 20;
+
+impl Controller {
+    pub(super) fn pulse(&self) -> Pulse {
+        Pulse {
+            policies_loaded: self.policies.is_some(),
+            workloads: self.counts(),
+            sources: self
+                .sources
+                .iter()
+                .map(|(name, source)| (name.as_str(), source.state == SourceState::Up))
+                .collect(),
+        }
+    }
+
+    /// Without the counters of the data plane, which take many system calls: the server adds them.
+    pub(super) fn status(&self) -> StatusResponse {
+        let problems = self.all_problems();
+        StatusResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: i32::try_from(std::process::id()).unwrap_or(i32::MAX),
+            started_at: self.started_at,
+            health: if problems.is_empty() { Health::Ok } else { Health::Degraded },
+            problems,
+            policies: self.policy_status(),
+            sources: self
+                .sources
+                .iter()
+                .map(|(name, source)| SourceStatus {
+                    name: name.to_string(),
+                    state: source.state,
+                    since: source.since,
+                    error: source.error.clone(),
+                    workloads: self.workloads.values().filter(|entry| entry.source == Some(*name)).count(),
+                })
+                .collect(),
+            dataplane: DataplaneStatus { pin_root: self.pin_root.clone(), counters: BTreeMap::new() },
+            workloads: self.counts(),
+        }
+    }
+
+    fn all_problems(&self) -> Vec<Problem> {
+        let problem = |area: &str, message: String| Problem { area: area.to_owned(), message };
+        let mut problems = Vec::new();
+        if let Some(refused) = &self.refused {
+            let kept =
+                if self.policies.is_some() { "those of before stay in force" } else { "none are in force" };
+            let first = refused.message.lines().next().unwrap_or_default();
+            problems.push(problem("policy", format!("the latest policies were refused, {kept}: {first}")));
+        }
+        for (name, source) in &self.sources {
+            if source.state == SourceState::Down {
+                let error = source.error.as_deref().unwrap_or("no reason given");
+                problems.push(problem("source", format!("{name} does not answer: {error}")));
+            }
+        }
+        for entry in self.workloads.values() {
+            let (verdict, reason) = entry.verdict();
+            if verdict.is_problem() {
+                let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+                problems.push(problem("workload", format!("{} is {verdict}{reason}", entry.workload.id)));
+            }
+        }
+        problems.extend(self.problems.iter().cloned());
+        problems
+    }
+
+    pub(super) fn policy_status(&self) -> PolicyStatus {
+        let policies = self.policies.iter().flat_map(PolicySet::policies);
+        PolicyStatus {
+            directory: self.policy_dir.clone(),
+            generation: self.generation,
+            loaded_at: self.loaded_at,
+            policies: policies
+                .map(|policy| PolicySummary {
+                    name: policy.name().clone(),
+                    priority: policy.priority().into(),
+                    workloads: self
+                        .workloads
+                        .values()
+                        .filter(|entry| entry.plan.as_ref().is_some_and(|plan| plan.policy == *policy.name()))
+                        .count(),
+                })
+                .collect(),
+            refused: self.refused.clone(),
+        }
+    }
+
+    fn counts(&self) -> BTreeMap<Verdict, usize> {
+        let mut counts: BTreeMap<Verdict, usize> =
+            Verdict::ALL.into_iter().map(|verdict| (verdict, 0)).collect();
+        for entry in self.workloads.values() {
+            *counts.entry(entry.verdict().0).or_default() += 1;
+        }
+        counts
+    }
+
+    pub(super) fn detail(&self, id: &WorkloadId) -> Option<WorkloadDetail> {
+        let entry = self.workloads.get(id)?;
+        let view = entry.view();
+        let plan = view.map(|view| &view.plan).or(entry.plan.as_ref());
+        Some(WorkloadDetail {
+            summary: entry.summary(),
+            subject: entry.workload.subject.clone(),
+            instance: entry.workload.instance.clone(),
+            plan: plan.map(|plan| pillion_workload::Plan::clone(plan)),
+            on_failure: plan.map(|plan| plan.on_failure),
+            ports: view.and_then(|view| view.redirect.as_ref()).map(ports),
+            reasons: self.reasons(&entry.workload.subject).1,
+            events: self.events.of(id, EVENTS_SHOWN),
+        })
+    }
+
+    pub(super) fn explain(&self, request: ExplainRequest) -> Option<ExplainResponse> {
+        let subject = match request {
+            ExplainRequest::Workload(id) => self.workloads.get(&id)?.workload.subject.clone(),
+            ExplainRequest::Subject(subject) => *subject,
+        };
+        let (decision, reasons) = self.reasons(&subject);
+        let plan =
+            decision.and_then(|decision| decision.plan).map(|plan| pillion_workload::Plan::clone(&plan));
+        Some(ExplainResponse { subject, plan, reasons })
+    }
+
+    fn reasons(&self, subject: &Subject) -> (Option<Decision>, Vec<ReasonInfo>) {
+        let decision = self.policies.as_ref().map(|policies| policies.decide(subject));
+        let reasons = decision.iter().flat_map(|decision| &decision.reasons).map(ReasonInfo::from).collect();
+        (decision, reasons)
+    }
+}
+
+impl From<&Reason> for ReasonInfo {
+    fn from(reason: &Reason) -> Self {
+        let (outcome, shadowed_by) = match &reason.verdict {
+            pillion_policy::Verdict::Chosen => (ReasonOutcome::Selected, None),
+            pillion_policy::Verdict::Shadowed { by } => (ReasonOutcome::Shadowed, Some(by.clone())),
+            pillion_policy::Verdict::NotMatched => (ReasonOutcome::NotMatched, None),
+        };
+        let field = |field: &pillion_policy::FieldReason| FieldInfo {
+            field: field.field.to_owned(),
+            matched: field.matched,
+            wanted: field.wanted.clone(),
+            actual: field.actual.clone(),
+        };
+        Self {
+            policy: reason.policy.clone(),
+            priority: reason.priority.into(),
+            outcome,
+            shadowed_by,
+            fields: reason.fields.iter().map(field).collect(),
+        }
+    }
+}

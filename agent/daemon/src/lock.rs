@@ -1,0 +1,119 @@
+//! One agent on a machine: flock(2) on a file in the run directory, and on the state directory itself.
+//!
+//! The kernel gives a lock up when its holder ends, however it ends.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Seek, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::{Flock, FlockArg};
+
+/// Held as long as the agent runs.
+#[derive(Debug)]
+pub(crate) struct AgentLock {
+    _run: Flock<File>,
+    _state: Flock<File>,
+}
+
+/// Why the lock cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LockError {
+    /// Somebody else has it.
+    #[error("another agent runs{}: it holds {}", by(.holder.as_deref()), path.display())]
+    Held {
+        /// The lock.
+        path: PathBuf,
+        /// The pid that is written in it.
+        holder: Option<String>,
+    },
+    /// The file cannot be used.
+    #[error("cannot lock {}", path.display())]
+    Io {
+        /// The lock.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn by(holder: Option<&str>) -> String {
+    holder.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
+}
+
+impl AgentLock {
+    /// Takes both locks: two agents must share neither the socket nor the journal.
+    pub(crate) fn take(lock_file: &Path, state_dir: &Path) -> Result<Self, LockError> {
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            |source| LockError::Io { path, source }
+        };
+        let flags = nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o644)
+            .custom_flags(flags)
+            .open(lock_file)
+            .map_err(at(lock_file))?;
+        let mut run = lock(file, lock_file)?;
+        let state = lock(File::open(state_dir).map_err(at(state_dir))?, state_dir)?;
+        // For the message of the one who comes second, nothing else.
+        let write = |file: &mut File| {
+            file.set_len(0)?;
+            file.rewind()?;
+            writeln!(file, "{}", std::process::id())
+        };
+        write(&mut run).map_err(at(lock_file))?;
+        Ok(Self { _run: run, _state: state })
+    }
+}
+
+fn lock(file: File, path: &Path) -> Result<Flock<File>, LockError> {
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
+            Err(LockError::Held { path: path.to_owned(), holder: holder(file) })
+        }
+        Err((_, errno)) => Err(LockError::Io { path: path.to_owned(), source: errno.into() }),
+    }
+}
+
+fn holder(file: File) -> Option<String> {
+    let mut text = String::new();
+    file.take(32).read_to_string(&mut text).ok()?;
+    let pid = text.trim();
+    (!pid.is_empty() && pid.bytes().all(|byte| byte.is_ascii_digit())).then(|| pid.to_owned())
+}
+
+/// Makes a directory of the agent, owned by it, with this mode.
+pub(crate) fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+    fs::DirBuilder::new().recursive(true).mode(mode).create(path)?;
+    // Against the umask, and for one that was there before.
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_is_refused_and_told_who_is_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, state) = (directory.path().join("agent.lock"), directory.path().join("state"));
+        make_directory(&state, 0o711).unwrap();
+        let first = AgentLock::take(&file, &state).unwrap();
+        let error = AgentLock::take(&file, &state).unwrap_err().to_string();
+        assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
+        // Another run directory does not help: the journal is locked, too.
+        let other = directory.path().join("other.lock");
+        assert!(matches!(AgentLock::take(&other, &state), Err(LockError::Held { .. })));
+        drop(first);
+        AgentLock::take(&file, &state).unwrap();
+    }
+}

@@ -1,0 +1,140 @@
+//! The task that loads policies: at the start, when the directory changes, on SIGHUP and when asked over the API.
+//!
+//! Owns the inotify watch. Never touches the policies in force: it sends what it read to the controller.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use inotify::{EventMask, Inotify, WatchMask};
+use pillion_policy::PolicySet;
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{mpsc, oneshot},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::{policy_files, readable::readable};
+
+/// Editors and `kubectl` write in several steps; the files are read once it has been quiet for this long.
+const QUIET: Duration = Duration::from_millis(150);
+/// But not later than this after the first change.
+const LATEST: Duration = Duration::from_secs(2);
+/// How often a watch that could not be set is tried again. Only then is there a timer.
+const WATCH_RETRY: Duration = Duration::from_secs(30);
+
+/// What a load came to.
+#[derive(Debug)]
+pub(crate) struct PolicyLoad {
+    /// The policies, or every fault as text.
+    pub(crate) result: Result<PolicySet, String>,
+    /// Who asked for it and waits until the controller has taken it.
+    pub(crate) asker: Option<oneshot::Sender<()>>,
+}
+
+/// A request to load now.
+#[derive(Debug, Default)]
+pub(crate) struct LoadNow {
+    /// Told when the controller has taken the outcome.
+    pub(crate) asker: Option<oneshot::Sender<()>>,
+}
+
+/// Loads once, then whenever there is reason to, until cancelled. `deliver` hands a load to the controller.
+pub(crate) async fn run<F>(
+    directory: PathBuf,
+    mut requests: mpsc::Receiver<LoadNow>,
+    deliver: impl Fn(PolicyLoad) -> F + Send + Sync,
+    stop: CancellationToken,
+) where
+    F: Future<Output = ()> + Send,
+{
+    let mut watch = watch(&directory);
+    let mut asker = None;
+    loop {
+        let path = directory.clone();
+        let loaded = tokio::task::spawn_blocking(move || policy_files::load(&path)).await;
+        let result = match loaded {
+            Ok(result) => result.map_err(|error| error.to_string()),
+            Err(error) => Err(format!("loading policies failed: {error}")),
+        };
+        deliver(PolicyLoad { result, asker: asker.take() }).await;
+        tokio::select! {
+            () = stop.cancelled() => return,
+            request = requests.recv() => match request {
+                Some(request) => asker = request.asker,
+                None => return,
+            },
+            () = changed(&mut watch) => {}
+        }
+        if watch.as_ref().is_none_or(|watch| watch.lost) {
+            watch = self::watch(&directory);
+        }
+    }
+}
+
+struct Watch {
+    inotify: AsyncFd<Inotify>,
+    /// The directory is not there any more, or not under that name.
+    lost: bool,
+}
+
+fn watch(directory: &Path) -> Option<Watch> {
+    let set_up = || -> io::Result<Watch> {
+        let inotify = Inotify::init()?;
+        let changes = WatchMask::CLOSE_WRITE
+            | WatchMask::CREATE
+            | WatchMask::DELETE
+            | WatchMask::MOVED_TO
+            | WatchMask::MOVED_FROM
+            | WatchMask::ATTRIB
+            | WatchMask::DELETE_SELF
+            | WatchMask::MOVE_SELF;
+        inotify.watches().add(directory, changes | WatchMask::ONLYDIR)?;
+        Ok(Watch { inotify: readable(inotify)?, lost: false })
+    };
+    set_up()
+        .inspect_err(
+            |error| warn!(directory = %directory.display(), %error, "policy directory cannot be watched"),
+        )
+        .ok()
+}
+
+/// Returns after a change, once it is quiet; or when it is time to try to watch again.
+async fn changed(watch: &mut Option<Watch>) {
+    let Some(watch) = watch else { return sleep(WATCH_RETRY).await };
+    watch.drain().await;
+    // The deadline bounds a directory in which something is written all the time.
+    let _ =
+        timeout(LATEST, async { while !watch.lost && timeout(QUIET, watch.drain()).await.is_ok() {} }).await;
+}
+
+impl Watch {
+    /// Waits for events and takes them.
+    async fn drain(&mut self) {
+        let Ok(mut guard) = self.inotify.readable_mut().await else {
+            self.lost = true;
+            return;
+        };
+        let mut buffer = [0; 4096];
+        loop {
+            match guard.get_inner_mut().read_events(&mut buffer) {
+                Ok(events) => {
+                    let gone = EventMask::DELETE_SELF
+                        | EventMask::MOVE_SELF
+                        | EventMask::IGNORED
+                        | EventMask::UNMOUNT;
+                    self.lost |= events.into_iter().any(|event| event.mask.intersects(gone));
+                }
+                Err(error) => {
+                    self.lost |= error.kind() != io::ErrorKind::WouldBlock;
+                    guard.clear_ready();
+                    return;
+                }
+            }
+        }
+    }
+}
