@@ -17,6 +17,7 @@ pub mod netns;
 pub mod process;
 pub mod programs;
 pub mod puppet;
+pub mod ready;
 pub mod wait;
 
 pub use cgroup::CgroupGuard;

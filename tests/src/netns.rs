@@ -42,6 +42,16 @@ impl NetNs {
         Ok(netns)
     }
 
+    /// Two namespaces on one cable: `10.77.0.1` and `fd77::1` on device `far`, `10.77.0.2` and `fd77::2` on device `near`.
+    pub fn pair() -> Result<(Self, Self)> {
+        let (near, far) = (Self::new()?, Self::new()?);
+        Self::join(
+            End { netns: &near, device: "far", addresses: &["10.77.0.1/24", "fd77::1/64"] },
+            End { netns: &far, device: "near", addresses: &["10.77.0.2/24", "fd77::2/64"] },
+        )?;
+        Ok((near, far))
+    }
+
     /// Runs `work` on a thread inside. Children that it spawns are inside as well.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let worker = move || {

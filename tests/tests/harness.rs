@@ -5,7 +5,7 @@ use std::{fs, process::Command, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use nix::{errno::Errno, sys::signal::Signal};
 use pillion_tests::{
-    CgroupGuard, Containerd, EchoServer, End, Inventory, NetNs, Place, ProcessGuard, Puppet,
+    CgroupGuard, Containerd, EchoServer, Inventory, NetNs, Place, ProcessGuard, Puppet,
     containerd::Container,
     image, on_machine, programs,
     puppet::{Domain, Names},
@@ -14,20 +14,10 @@ use pillion_tests::{
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// Two namespaces on one cable: `10.77.0.1` and `fd77::1`, `10.77.0.2` and `fd77::2`.
-fn pair() -> Result<(NetNs, NetNs)> {
-    let (near, far) = (NetNs::new()?, NetNs::new()?);
-    NetNs::join(
-        End { netns: &near, device: "far", addresses: &["10.77.0.1/24", "fd77::1/64"] },
-        End { netns: &far, device: "near", addresses: &["10.77.0.2/24", "fd77::2/64"] },
-    )?;
-    Ok((near, far))
-}
-
 #[test]
 fn namespaces_are_apart_and_joined() -> Result<()> {
     on_machine(|_| {
-        let (near, far) = pair()?;
+        let (near, far) = NetNs::pair()?;
         ensure!(near.inode()? != far.inode()?);
         for address in ["10.77.0.2:0", "[fd77::2]:0"] {
             let server = EchoServer::start(&far, address)?;
@@ -48,7 +38,7 @@ fn namespaces_are_apart_and_joined() -> Result<()> {
 #[test]
 fn a_puppet_does_what_it_is_told() -> Result<()> {
     on_machine(|_| {
-        let (near, far) = pair()?;
+        let (near, far) = NetNs::pair()?;
         let mut client = Puppet::start(Place { netns: Some(&near), cgroup: None })?;
         let mut server = Puppet::start(Place { netns: Some(&far), cgroup: None })?;
         let address = "10.77.0.2:8080".parse()?;
@@ -171,7 +161,7 @@ fn the_inventory_sees_what_is_left() -> Result<()> {
 #[test]
 fn containerd_runs_containers() -> Result<()> {
     on_machine(|machine| {
-        let (near, far) = pair()?;
+        let (near, far) = NetNs::pair()?;
         let server = EchoServer::start(&far, "10.77.0.2:0")?;
         let mut containerd = Containerd::start(machine)?;
 

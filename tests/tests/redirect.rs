@@ -1,13 +1,7 @@
 //! The data plane on the real kernel, without agent and relay: an application and a companion, both puppets, in the same
 //! network namespace and in cgroups of their own.
 
-use std::{
-    fs::{self, File},
-    net::SocketAddr,
-    os::fd::{AsFd as _, OwnedFd},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs::File, net::SocketAddr, os::fd::AsFd as _, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::errno::Errno;
@@ -15,15 +9,11 @@ use pillion_redirect::{AttachRequest, Bpffs, Dataplane, LoadOptions, RedirectGua
 use pillion_tests::{
     CgroupGuard, End, Machine, NetNs, Place, Puppet, on_machine,
     puppet::{Audited, Domain, Socket},
+    ready::{identity, ready},
     wait_until,
 };
 use pillion_workload::{
-    Cgroup, CgroupId, CompanionName, Exclusions, FailureMode, Family, InboundRule, Listener, OutboundRule,
-    Pid, ProcessId, ReadyCompanion, RedirectSpec, StartTime, Target,
-};
-use rustix::{
-    net::sockopt,
-    process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
+    CompanionName, Exclusions, FailureMode, InboundRule, OutboundRule, ReadyCompanion, RedirectSpec, Target,
 };
 
 const OUTBOUND: u16 = 15001;
@@ -48,10 +38,6 @@ struct Stage {
 
 fn name() -> CompanionName {
     "companion".parse().expect("a valid name")
-}
-
-fn cgroup(guard: &CgroupGuard) -> Result<Cgroup> {
-    Ok(Cgroup { id: CgroupId(guard.id()?), path: guard.path().to_owned() })
 }
 
 fn address(text: &str) -> SocketAddr {
@@ -139,7 +125,7 @@ impl Stage {
     ) -> Result<()> {
         let netns = File::open(self.near.path())?;
         self.guard = Some(self.dataplane.attach(AttachRequest {
-            cgroup: &cgroup(&self.workload)?,
+            cgroup: &identity(&self.workload)?,
             netns: netns.as_fd(),
             spec,
             on_failure,
@@ -153,23 +139,8 @@ impl Stage {
         self.guard.as_mut().expect("attached")
     }
 
-    /// The companion's listening sockets, fetched as the agent does.
     fn ready(&self) -> Result<ReadyCompanion> {
-        let pid = self.companion.pid();
-        let process = rustix::process::Pid::from_raw(i32::try_from(pid)?).context("a pid")?;
-        let pidfd = pidfd_open(process, PidfdFlags::empty())?;
-        let mut listeners = Vec::new();
-        for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-            let number = entry?.file_name().to_string_lossy().parse()?;
-            let socket: OwnedFd = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty())?;
-            if sockopt::socket_acceptconn(&socket).unwrap_or(false) {
-                let local: SocketAddr = rustix::net::getsockname(&socket)?.try_into()?;
-                let family = if local.is_ipv4() { Family::V4 } else { Family::V6 };
-                listeners.push(Listener { port: local.port(), family, socket });
-            }
-        }
-        let process = ProcessId { pid: Pid(i32::try_from(pid)?), started: StartTime(0) };
-        Ok(ReadyCompanion::probe_passed(name(), process, cgroup(&self.companion_cgroup)?, listeners))
+        ready(name(), self.companion.pid(), &self.companion_cgroup)
     }
 
     /// Accepts the connection that the application has made, and asks where it wanted to go.

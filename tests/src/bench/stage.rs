@@ -1,10 +1,10 @@
 //! Namespaces, cgroups, data plane and rules of the measurement, and the peers placed within.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{BufRead as _, BufReader, Write as _},
     net::SocketAddr,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::AsFd as _,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::Arc,
 };
@@ -15,18 +15,14 @@ use nix::{
     unistd::Pid as NixPid,
 };
 use pillion_redirect::{AttachRequest, Bpffs, Dataplane, LoadOptions, RedirectGuard, Sources};
-use pillion_workload::{
-    Cgroup, CgroupId, CompanionName, Exclusions, FailureMode, Family, Listener, OutboundRule, Pid, ProcessId,
-    ReadyCompanion, RedirectSpec, StartTime, Target,
-};
-use rustix::{
-    net::sockopt,
-    process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
-};
+use pillion_workload::{CompanionName, Exclusions, FailureMode, OutboundRule, RedirectSpec, Target};
 use serde::Serialize;
 
 use super::{Kind, peers::Order};
-use crate::{CgroupGuard, End, NetNs};
+use crate::{
+    CgroupGuard, NetNs,
+    ready::{identity, ready},
+};
 
 const PORT: u16 = 15001;
 /// Of a companion without any program of ours on it, which is dialled by its own address.
@@ -99,16 +95,6 @@ pub(super) struct Stage {
     _namespaces: Vec<NetNs>,
 }
 
-/// A namespace with the companion, joined to one with the server.
-fn pair() -> Result<(NetNs, NetNs)> {
-    let (near, far) = (NetNs::new()?, NetNs::new()?);
-    NetNs::join(
-        End { netns: &near, device: "far", addresses: &["10.77.0.1/24", "fd77::1/64"] },
-        End { netns: &far, device: "near", addresses: &["10.77.0.2/24", "fd77::2/64"] },
-    )?;
-    Ok((near, far))
-}
-
 impl Stage {
     pub(super) fn new() -> Result<Self> {
         let mut cpus = CpuSet::new();
@@ -116,7 +102,7 @@ impl Stage {
         // Inherited by every peer.
         sched_setaffinity(NixPid::from_raw(0), &cpus).context("cannot pin to one CPU")?;
 
-        let ((near, far), (near_nat, far_nat)) = (pair()?, pair()?);
+        let ((near, far), (near_nat, far_nat)) = (NetNs::pair()?, NetNs::pair()?);
         for (tool, target) in [("iptables", "10.77.0.2"), ("ip6tables", "fd77::2")] {
             let rule = format!("-t nat -A OUTPUT -d {target} -p tcp -j REDIRECT --to-ports {PORT}");
             let status = near_nat.run(|| Command::new(tool).args(rule.split(' ')).status())?;
@@ -146,7 +132,7 @@ impl Stage {
         let netns = File::open(near.path())?;
         let ready = ready(name, servers[0].child.id(), &companion)?;
         let guard = dataplane.attach(AttachRequest {
-            cgroup: &cgroup(&workload)?,
+            cgroup: &identity(&workload)?,
             netns: netns.as_fd(),
             spec: &RedirectSpec { outbound: Some(outbound), inbound: vec![] },
             on_failure: FailureMode::Closed,
@@ -203,25 +189,4 @@ impl Stage {
         }
         Ok(())
     }
-}
-
-fn cgroup(guard: &CgroupGuard) -> Result<Cgroup> {
-    Ok(Cgroup { id: CgroupId(guard.id()?), path: guard.path().to_owned() })
-}
-
-fn ready(name: CompanionName, pid: u32, in_cgroup: &CgroupGuard) -> Result<ReadyCompanion> {
-    let raw = i32::try_from(pid)?;
-    let pidfd = pidfd_open(rustix::process::Pid::from_raw(raw).context("a pid")?, PidfdFlags::empty())?;
-    let mut listeners = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        let number = entry?.file_name().to_string_lossy().parse()?;
-        let socket: OwnedFd = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty())?;
-        if sockopt::socket_acceptconn(&socket).unwrap_or(false) {
-            let local: SocketAddr = rustix::net::getsockname(&socket)?.try_into()?;
-            let family = if local.is_ipv4() { Family::V4 } else { Family::V6 };
-            listeners.push(Listener { port: local.port(), family, socket });
-        }
-    }
-    let process = ProcessId { pid: Pid(raw), started: StartTime(0) };
-    Ok(ReadyCompanion::probe_passed(name, process, cgroup(in_cgroup)?, listeners))
 }
