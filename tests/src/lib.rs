@@ -6,6 +6,7 @@
 
 #![expect(clippy::missing_panics_doc, reason = "a panic fails the test, which is what it is for")]
 
+pub mod agent;
 pub mod bench;
 pub mod cgroup;
 pub mod containerd;
@@ -20,6 +21,7 @@ pub mod puppet;
 pub mod ready;
 pub mod wait;
 
+pub use agent::Agent;
 pub use cgroup::CgroupGuard;
 pub use containerd::Containerd;
 pub use echo::EchoServer;
