@@ -23,7 +23,7 @@ use rustix::{
 use super::{
     connection::{CHUNK, Connection, Progress, Side},
     metrics::Metrics,
-    origin::{OriginalDestination, plain},
+    origin::{OriginalDestination, plain, source},
     record::{Direction, Outcome, Record, Records},
     slab::{Slab, Token},
     socket::{self, Listener},
@@ -271,7 +271,7 @@ impl Relay {
         direction: Direction,
         listener: SocketAddr,
         client: OwnedFd,
-        source: SocketAddr,
+        peer: SocketAddr,
         now: Instant,
     ) {
         let accepted_at = SystemTime::now();
@@ -281,6 +281,9 @@ impl Relay {
             Some(destination) if self.is_own(destination) => Err(Outcome::Loop),
             Some(destination) => socket::dial(destination).map(|upstream| (destination, upstream)),
         };
+        // Asked now: a dial that fails later may take its address with it.
+        let upstream = dialled.as_ref().ok().map(|(_, upstream)| upstream.as_fd());
+        let source = source(peer, destination, upstream);
         let dialled = dialled.and_then(|(destination, upstream)| {
             let token = self.connections.next();
             let watched = self

@@ -1,10 +1,11 @@
-//! Where a redirected connection wanted to go. Never dials, never decides what to do without an answer.
+//! Where a redirected connection comes from and wanted to go. Never dials, never decides what to do without an answer.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::BorrowedFd,
 };
 
+use pillion_common::SlotAddress;
 use socket2::SockRef;
 
 use super::record::Direction;
@@ -53,6 +54,28 @@ impl OriginalDestination {
     }
 }
 
+/// Where a connection comes from, as the workload sees it: `peer`, unless that is an address by which the redirection
+/// marks connections. Then it is the address that the kernel has chosen for the way to `destination`, which `upstream`
+/// shows, with the peer's port: what the application's own `getsockname` says. Unspecified when none was chosen,
+/// because nothing was dialled or there is no route.
+pub(super) fn source(
+    peer: SocketAddr,
+    destination: Option<SocketAddr>,
+    upstream: Option<BorrowedFd<'_>>,
+) -> SocketAddr {
+    match peer.ip() {
+        IpAddr::V4(ip) if SlotAddress::decode(ip.to_bits()).is_some() => {}
+        IpAddr::V4(_) | IpAddr::V6(_) => return peer,
+    }
+    let chosen = upstream.and_then(|socket| SockRef::from(&socket).local_addr().ok()?.as_socket());
+    let address = match (chosen, destination) {
+        (Some(chosen), _) => plain(chosen).ip(),
+        (None, Some(SocketAddr::V6(_))) => Ipv6Addr::UNSPECIFIED.into(),
+        (None, Some(SocketAddr::V4(_)) | None) => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    SocketAddr::new(address, peer.port())
+}
+
 /// `::ffff:a.b.c.d` is IPv4 in disguise; dialled as such it would need an IPv6 socket for nothing.
 pub(super) fn plain(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
@@ -78,6 +101,24 @@ mod tests {
             ("1.2.3.4:5", "1.2.3.4:5"),
         ] {
             assert_eq!(plain(given.parse().unwrap()), wanted.parse().unwrap());
+        }
+    }
+
+    #[test]
+    fn a_marked_peer_is_shown_with_the_address_that_was_chosen_for_it() {
+        let listener = TcpListener::bind("127.0.0.2:0").unwrap();
+        let upstream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let chosen = upstream.local_addr().unwrap().ip();
+        let (v4, v6) = ("192.0.2.1:80".parse().unwrap(), "[2001:db8::1]:80".parse().unwrap());
+        let dialled = Some(upstream.as_fd());
+        let marked = "127.64.0.9:40000".parse().unwrap();
+        assert_eq!(source(marked, Some(v4), dialled), SocketAddr::new(chosen, 40_000));
+        assert_eq!(source(marked, Some(v4), None), "0.0.0.0:40000".parse().unwrap());
+        assert_eq!(source(marked, Some(v6), None), "[::]:40000".parse().unwrap());
+        assert_eq!(source(marked, None, None), "0.0.0.0:40000".parse().unwrap());
+        for peer in ["127.0.0.1:1", "127.63.255.255:1", "127.128.0.0:1", "10.77.0.1:1", "[fd77::1]:1"] {
+            let peer = peer.parse().unwrap();
+            assert_eq!(source(peer, Some(v4), dialled), peer);
         }
     }
 

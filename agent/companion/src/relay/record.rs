@@ -110,6 +110,7 @@ impl Outcome {
 pub(super) struct Record {
     pub(super) accepted: SystemTime,
     pub(super) direction: Direction,
+    /// As the workload sees it: no address of the redirection's.
     pub(super) source: SocketAddr,
     pub(super) destination: Option<SocketAddr>,
     /// Client to upstream.
@@ -308,7 +309,7 @@ mod tests {
         Record {
             accepted: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
             direction: Direction::Outbound,
-            source: "127.64.0.9:40000".parse().unwrap(),
+            source: "[2001:db8::9]:40000".parse().unwrap(),
             destination: Some("[2001:db8::1]:443".parse().unwrap()),
             bytes_sent,
             bytes_received: 7,
@@ -329,7 +330,7 @@ mod tests {
         assert_eq!(
             record(5).line(&"process/1-2".parse().unwrap()),
             "{\"ts\":\"2023-11-14T22:13:20.123Z\",\"workload\":\"process/1-2\",\"direction\":\"outbound\",\
-             \"source\":\"127.64.0.9:40000\",\"destination\":\"[2001:db8::1]:443\",\"bytes_sent\":5,\
+             \"source\":\"[2001:db8::9]:40000\",\"destination\":\"[2001:db8::1]:443\",\"bytes_sent\":5,\
              \"bytes_received\":7,\"connect_ms\":1.234,\"duration_ms\":7200000.0,\
              \"outcome\":\"reset_by_upstream\"}\n"
         );

@@ -514,3 +514,19 @@ fn a_record_says_what_happened() {
     assert!(record["ts"].as_str().unwrap().ends_with('Z'));
     assert_eq!(record.len(), 10);
 }
+
+#[test]
+fn a_record_names_the_workload_and_not_the_mark_of_its_connection() {
+    let (listener, address) = server();
+    let relay = Running::to(address, LIMITS);
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 64, 0, 9], 0)).into()).unwrap();
+    socket.connect(&relay.address.into()).unwrap();
+    let client = patient(socket.into());
+    let port = client.local_addr().unwrap().port();
+    drop(accept(&listener));
+    assert_eq!(read_all(&client).unwrap(), b"");
+    drop(client);
+    let records = relay.drained();
+    assert_eq!(records[0]["source"], SocketAddr::new(address.ip(), port).to_string());
+}
