@@ -1,8 +1,9 @@
+//! The two system calls of the launcher that need `unsafe`. Owns nothing, decides nothing.
+
 #![expect(
     unsafe_code,
     reason = "close_range(2) and signal(2) have no safe wrapper in the crates that we use"
 )]
-//! The two system calls of the launcher that need `unsafe`. Owns nothing, decides nothing.
 
 use std::io;
 
