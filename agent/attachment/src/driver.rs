@@ -6,13 +6,13 @@
 use std::{collections::BTreeSet, mem, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use pillion_redirect::Sources;
-use pillion_workload::{CompanionName, FirstInstruction, Plan, Workload};
+use pillion_workload::{CompanionName, FailureMode, FirstInstruction, Plan, Workload};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
     time::{Instant, sleep_until, timeout},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     companions::{Started, next_news, slots_of},
@@ -27,6 +27,8 @@ use crate::{
 
 /// What asking whether the workload has begun may take: before redirection it delays the workload's protection.
 const LOOK_LIMIT: Duration = Duration::from_millis(500);
+/// A plan that could not be put in force is tried again after this.
+const REPLAN_PAUSE: Duration = Duration::from_secs(30);
 
 pub(crate) struct Driver<M: Machinery> {
     pub(crate) machinery: Arc<M>,
@@ -53,7 +55,22 @@ pub(crate) struct Kept<M: Machinery> {
     pub(crate) starts: JoinSet<Started<M>>,
     pub(crate) guard: Option<M::Guard>,
     pub(crate) first_instruction: Option<FirstInstruction>,
+    pub(crate) refused: Option<Refused>,
     adopted: bool,
+}
+
+/// A plan that could not be put in force.
+pub(crate) struct Refused {
+    plan: Arc<Plan>,
+    pub(crate) reason: String,
+    retry_at: Instant,
+}
+
+impl Refused {
+    /// Whether this plan need not be tried again yet.
+    fn stands(&self, plan: &Plan) -> bool {
+        *self.plan == *plan && Instant::now() < self.retry_at
+    }
 }
 
 enum End {
@@ -72,6 +89,7 @@ impl<M: Machinery> Default for Kept<M> {
             starts: JoinSet::new(),
             guard: None,
             first_instruction: None,
+            refused: None,
             adopted: false,
         }
     }
@@ -140,7 +158,8 @@ impl<M: Machinery> Driver<M> {
             // Marked as seen: a wish that comes while this one is served wakes the loop again.
             let wish = self.wish.borrow_and_update().clone();
             match wish {
-                Wish::Attached(plan) if plan == self.plan => {}
+                Wish::Attached(plan) if plan == self.plan => self.kept.refused = None,
+                Wish::Attached(plan) if self.kept.refused.as_ref().is_some_and(|it| it.stands(&plan)) => {}
                 Wish::Attached(plan) => {
                     self.replan(plan).await;
                     continue;
@@ -148,7 +167,8 @@ impl<M: Machinery> Driver<M> {
                 Wish::Detached => return Ok(End::TakeBack),
                 Wish::Left => return Ok(End::Leave),
             }
-            let retry = self.kept.slots.iter().filter_map(Slot::retry_at).min();
+            let retries = self.kept.slots.iter().filter_map(Slot::retry_at);
+            let retry = retries.chain(self.kept.refused.as_ref().map(|refused| refused.retry_at)).min();
             let machinery = self.machinery.clone();
             let Kept { slots, starts, .. } = &mut self.kept;
             tokio::select! {
@@ -234,26 +254,15 @@ impl<M: Machinery> Driver<M> {
         let previous = self.kept.resolved.clone();
         let settled = self.machinery.settle(self.netns.clone(), plan.clone(), previous).await;
         let updated = settled.and_then(|settled| {
-            if let Some(guard) = &mut self.kept.guard {
-                let rules = Rules {
-                    spec: &settled.resolved.redirect,
-                    mode: plan.on_failure,
-                    sources: settled.sources,
-                };
-                self.machinery.update(guard, &self.netns, rules)?;
-            }
+            self.update(&settled.resolved, settled.sources, plan.on_failure)?;
             Ok(settled)
         });
-        let before = mem::replace(&mut self.plan, plan);
         let Settled { resolved, claims, sources } = match updated {
             Ok(settled) => settled,
-            Err(Fault(reason)) => {
-                // The plan counts as seen, lest it be tried without end; the rules of before are in force.
-                warn!(workload = %self.workload.id, error = %reason, "the changed plan is not in force");
-                self.report(Happening::ReplanFailed { reason }).await;
-                return;
-            }
+            Err(Fault(reason)) => return self.keep_plan(plan, reason).await,
         };
+        self.kept.refused = None;
+        let before = mem::replace(&mut self.plan, plan);
         let mut old = mem::take(&mut self.kept.slots);
         let mut slots = slots_of(&self.plan, &resolved);
         for slot in &mut slots {
@@ -279,6 +288,24 @@ impl<M: Machinery> Driver<M> {
         }
     }
 
+    fn update(&mut self, resolved: &Resolved, sources: Sources, mode: FailureMode) -> Result<(), Fault> {
+        let Some(guard) = &mut self.kept.guard else { return Ok(()) };
+        self.machinery.update(guard, &self.netns, Rules { spec: &resolved.redirect, mode, sources })
+    }
+
+    /// The plan could not be put in force: the one of before stays, and it is tried again after a while.
+    async fn keep_plan(&mut self, plan: Arc<Plan>, reason: String) {
+        warn!(workload = %self.workload.id, error = %reason, "the changed plan is not in force");
+        if let Some(resolved) = self.kept.resolved.clone()
+            && let Err(error) = self.update(&resolved, self.kept.sources, self.plan.on_failure)
+        {
+            warn!(workload = %self.workload.id, %error, "the rules of before could not be restored");
+        }
+        self.kept.refused =
+            Some(Refused { plan, reason: reason.clone(), retry_at: Instant::now() + REPLAN_PAUSE });
+        self.report(Happening::ReplanFailed { reason }).await;
+    }
+
     fn missing(&self) -> BTreeSet<CompanionName> {
         self.kept.slots.iter().filter(|slot| !slot.is_ready).map(|slot| slot.spec.name.clone()).collect()
     }
@@ -297,7 +324,7 @@ impl<M: Machinery> Driver<M> {
         self.kept.state = before.apply(transition).map_err(|error| Fault::of(&error))?;
         let now = &self.kept.state;
         if now.to_string() != name {
-            info!(workload = %self.workload.id, policy = %self.plan.policy, state = %now, "attachment");
+            debug!(workload = %self.workload.id, policy = %self.plan.policy, state = %now, "attachment");
         }
         Ok(())
     }

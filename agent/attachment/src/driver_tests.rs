@@ -417,8 +417,13 @@ async fn a_changed_plan_touches_only_what_changed() {
     // One that cannot be put in force leaves the one of before.
     diary.fail("update");
     test.wish.send(Wish::Attached(Arc::new(two()))).unwrap();
-    test.until(|happening| matches!(happening, Happening::ReplanFailed { .. })).await;
-    assert_eq!(diary.take(), ["update Open"]);
+    let report = test.until(|happening| matches!(happening, Happening::ReplanFailed { .. })).await;
+    assert_eq!((&*report.view.plan, report.view.refused.as_deref()), (&changed, Some("no update")));
+    assert_eq!(diary.take(), ["update Open", "update Closed"]);
+    // Until it can be.
+    diary.failing.lock().unwrap().clear();
+    let report = test.until(|happening| *happening == Happening::Replanned).await;
+    assert_eq!((&*report.view.plan, report.view.refused), (&two(), None));
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use pillion_workload::{CompanionName, FirstInstruction, NetnsId, Pid, Plan, RedirectSpec, WorkloadId};
+use pillion_workload::{CompanionName, FirstInstruction, Pid, Plan, RedirectSpec, WorkloadId};
 
 use crate::state::State;
 
@@ -34,8 +34,8 @@ pub struct View {
     pub companions: Vec<CompanionView>,
     /// Whether redirection was in force before the workload's first instruction; absent before it is in force.
     pub first_instruction: Option<FirstInstruction>,
-    /// The network namespace.
-    pub netns: NetnsId,
+    /// Why a changed plan is not in force; `plan` is the one of before.
+    pub refused: Option<String>,
 }
 
 /// How a companion stands.

@@ -41,7 +41,7 @@ impl<M: Machinery> Driver<M> {
             redirect: self.kept.resolved.as_ref().map(|resolved| resolved.redirect.clone()),
             companions: self.kept.slots.iter().map(Slot::view).collect(),
             first_instruction: self.kept.first_instruction,
-            netns: self.workload.instance.netns,
+            refused: self.kept.refused.as_ref().map(|refused| refused.reason.clone()),
         };
         let report = Report { workload: self.workload.id.clone(), serial: self.serial, happening, view };
         // Nobody listens any more: the owner is ending, and what is in force stays.

@@ -271,8 +271,8 @@ pub(crate) struct WorkloadSummary {
     pub(crate) companions: Vec<CompanionStatus>,
     /// Whether redirection was in force before its first instruction; absent while never attached.
     pub(crate) first_instruction: Option<FirstInstruction>,
-    /// From the runtime's word of it to redirection in force, in milliseconds; absent while never attached and when
-    /// adopted from an earlier agent.
+    /// From the moment it was to be attached (the runtime's word of it, a policy that selects it, `pillion attach`) to
+    /// redirection in force, in milliseconds; absent while never attached and when adopted from an earlier agent.
     pub(crate) attach_millis: Option<u64>,
 }
 
@@ -413,7 +413,7 @@ pub(crate) struct EventRecord {
     /// For `attached`: whether that was before the first instruction.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) first_instruction: Option<FirstInstruction>,
-    /// For `attached`: from the runtime's word to redirection in force, in milliseconds.
+    /// For `attached`: as [`WorkloadSummary::attach_millis`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) attach_millis: Option<u64>,
 }

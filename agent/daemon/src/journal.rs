@@ -40,8 +40,8 @@ pub(crate) struct Loaded {
     pub(crate) records: Vec<Record>,
     /// Workloads that are held detached.
     pub(crate) held: BTreeSet<WorkloadId>,
-    /// Attachments from before the machine was booted: nothing of them is there. Their files are gone, too.
-    pub(crate) outlived: Vec<WorkloadId>,
+    /// Attachments from before the machine was booted: only files are left of them.
+    pub(crate) outlived: Vec<Record>,
     /// Files that could not be used and were moved aside.
     pub(crate) faults: Vec<JournalFault>,
 }
@@ -98,10 +98,7 @@ impl Journal {
             }
             match read::<Record>(&path).and_then(|envelope| self.check(&path, envelope)) {
                 Ok(Checked::Current(record)) => loaded.records.push(*record),
-                Ok(Checked::Outlived(id)) => {
-                    fs::remove_file(&path)?;
-                    loaded.outlived.push(id);
-                }
+                Ok(Checked::Outlived(record)) => loaded.outlived.push(*record),
                 Err(reason) => loaded.faults.push(set_aside(&path, reason)),
             }
         }
@@ -121,7 +118,9 @@ impl Journal {
             return Err(format!("it is the record of {id}, which belongs in another file"));
         }
         if envelope.boot != self.boot {
-            return Ok(Checked::Outlived(id.clone()));
+            // The kernel's part is gone, and its numbers are others' by now.
+            let record = Record { guard: None, ..envelope.body };
+            return Ok(Checked::Outlived(Box::new(record)));
         }
         Ok(Checked::Current(Box::new(envelope.body)))
     }
@@ -169,7 +168,7 @@ impl Ledger for Journal {
 
 enum Checked {
     Current(Box<Record>),
-    Outlived(WorkloadId),
+    Outlived(Box<Record>),
 }
 
 async fn blocking(work: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
@@ -323,9 +322,10 @@ mod tests {
         before.write_held(&BTreeSet::from([a.workload.id.clone()])).unwrap();
         let after = Journal::open_in_boot(directory.path(), "boot-2".into()).unwrap();
         let loaded = after.load().unwrap();
-        assert_eq!((loaded.records.len(), loaded.outlived), (0, vec![a.workload.id.clone()]));
+        assert_eq!((loaded.records.len(), loaded.outlived), (0, vec![a.clone()]));
         assert_eq!(loaded.held, BTreeSet::from([a.workload.id]), "a hold is an operator's word: it stays");
-        assert!(after.load().unwrap().outlived.is_empty());
+        after.write(&record("containerd/default/a")).unwrap();
+        assert_eq!(after.load().unwrap().records.len(), 1);
     }
 
     #[test]

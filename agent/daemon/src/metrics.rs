@@ -24,7 +24,7 @@ use crate::controller::Pulse;
 /// What is counted as it happens.
 #[derive(Debug)]
 pub(crate) struct Metrics {
-    /// From the runtime's word of a workload to redirection in force.
+    /// From the moment a workload was to be attached to redirection in force.
     pub(crate) attach_seconds: Histogram,
     /// Attaches that failed.
     pub(crate) attach_failures: Counter,
@@ -77,7 +77,7 @@ impl Metrics {
         );
         registry.register(
             "pillion_attach_seconds",
-            "Time from the runtime's word of a workload to redirection in force",
+            "Time from when a workload was to be attached to redirection in force",
             metrics.attach_seconds.clone(),
         );
         for (name, help, counter) in [

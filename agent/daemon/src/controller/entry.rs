@@ -25,7 +25,8 @@ pub(super) struct Entry {
     pub(super) source: Option<SourceName>,
     /// What was true when it was told of.
     pub(super) told_first: FirstInstruction,
-    pub(super) told_at: Instant,
+    /// Since when it is to be attached: told of, selected by another policy, or released by hand.
+    pub(super) wanted_at: Instant,
     /// False when it has ended and only the detach is missing.
     pub(super) present: bool,
     /// What the policies in force give it.
@@ -79,7 +80,7 @@ impl Entry {
             workload,
             source,
             told_first,
-            told_at: Instant::now(),
+            wanted_at: Instant::now(),
             present: true,
             plan: None,
             held: false,
@@ -123,8 +124,13 @@ impl Entry {
                 return (Verdict::Detaching, None);
             }
             return match attachment.view.as_ref().map(|view| (&view.state, view)) {
-                Some((State::Attached { missing }, _)) if missing.is_empty() => (Verdict::Attached, None),
-                Some((State::Attached { .. }, view)) => (Verdict::Degraded, Some(degraded(view))),
+                Some((State::Attached { missing }, view)) => match (&view.refused, missing.is_empty()) {
+                    (_, false) => (Verdict::Degraded, Some(degraded(view))),
+                    (Some(reason), true) => {
+                        (Verdict::Degraded, Some(format!("the changed policy is not in force: {reason}")))
+                    }
+                    (None, true) => (Verdict::Attached, None),
+                },
                 Some((State::Detaching | State::Detached, _)) => (Verdict::Detaching, None),
                 Some((State::Failed { reason }, _)) => (Verdict::Failed, Some(reason.clone())),
                 Some((State::Planned | State::Starting | State::Redirecting { .. }, view)) => {

@@ -275,7 +275,7 @@ impl Controller {
             self.workloads.entry(id.clone()).or_insert_with(|| Entry::new(workload.clone(), source, first));
         let recreated = entry.workload.instance != workload.instance || !entry.present;
         if recreated {
-            (entry.told_first, entry.told_at, entry.failure) = (first, Instant::now(), None);
+            (entry.told_first, entry.wanted_at, entry.failure) = (first, Instant::now(), None);
         }
         (entry.workload, entry.source, entry.present) = (workload, source, true);
         entry.held = self.held.contains(&id);
@@ -349,6 +349,7 @@ impl Controller {
         if plan != entry.plan {
             // Another plan deserves another attempt.
             entry.failure = None;
+            entry.wanted_at = Instant::now();
             entry.plan = plan;
         }
     }
@@ -453,7 +454,7 @@ impl Controller {
             entry.attachment = None;
         }
         if happening == Happening::Attached {
-            let took = entry.told_at.elapsed();
+            let took = entry.wanted_at.elapsed();
             entry.attach_millis = Some(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
             entry.failure = None;
             self.metrics.attach_seconds.observe(took.as_secs_f64());
@@ -602,6 +603,7 @@ impl Controller {
         let entry = self.workloads.get_mut(&id).expect("looked up above");
         entry.held = what == Override::Detach;
         entry.failure = None;
+        entry.wanted_at = Instant::now();
         entry.waiters.retain(|waiter| !waiter.is_closed());
         entry.waiters.push(reply);
         self.reconcile(&id);

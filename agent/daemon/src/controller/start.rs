@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Controller, Inbox, Request, Source, entry::Entry};
 use crate::{
     api::{EventKind, SourceState, Timestamp},
-    event_log::{self, EventLog},
+    event_log::EventLog,
     journal::{Journal, Loaded},
     metrics::Metrics,
     policy_watch::PolicyLoad,
@@ -88,9 +88,8 @@ impl Controller {
             controller.note(EventKind::JournalFault, fault.to_string());
             controller.problem("journal", fault.to_string());
         }
-        for id in loaded.outlived {
-            let text = "was attached before the machine was booted; nothing of that is left";
-            controller.events.add(event_log::Entry::new(EventKind::Detached, text).workload(&id));
+        for record in loaded.outlived {
+            controller.discard(record);
         }
         for record in loaded.records {
             controller.take_over(record);

@@ -33,7 +33,7 @@ use pillion_companion::{
 };
 use pillion_policy::PolicySet;
 use pillion_redirect::{Bpffs, Dataplane, LoadOptions};
-use pillion_runtime::{process_workload, resolve_program};
+use pillion_runtime::{ProcessWorkloadError, process_workload, resolve_program};
 use pillion_workload::{
     FailureMode, FirstInstruction, Plan, Resources, RuntimeKind, Subject, Workload, WorkloadId,
 };
@@ -89,8 +89,12 @@ async fn run(config: RunConfig, policies: PolicySet) -> anyhow::Result<ExitCode>
         Ok(program) => program,
         Err(error) => {
             note(format_args!("pillion run: {}", pillion_attachment::chain(&error)));
-            // What a shell says of a program that it does not find.
-            return Ok(ExitCode::from(127));
+            let denied = matches!(
+                &error,
+                ProcessWorkloadError::NotFound { source, .. } if source.kind() == io::ErrorKind::PermissionDenied
+            );
+            // What a shell exits with.
+            return Ok(ExitCode::from(if denied { 126 } else { 127 }));
         }
     };
     let plan = decide(&policies, &config, &program)?;
@@ -368,7 +372,8 @@ async fn wait_until_attached(
                 return Ok(failed(plan, &reasons.join("; ")));
             }
             (Happening::Failed, State::Failed { reason }) => return Ok(failed(plan, reason)),
-            (happening, _) => tell(&report, happening),
+            // What is not well is told with the outcome.
+            (happening, _) => info!(workload = %report.workload, ?happening, "attachment"),
         }
     }
 }
