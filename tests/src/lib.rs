@@ -10,6 +10,7 @@ pub mod agent;
 pub mod bench;
 pub mod cgroup;
 pub mod containerd;
+pub mod demo;
 pub mod echo;
 pub mod image;
 pub mod inventory;

@@ -5,6 +5,7 @@ use std::{
     io::{Read as _, Seek as _},
     os::unix::process::ExitStatusExt as _,
     process::{Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -20,6 +21,14 @@ use crate::{NetNs, wait_for, wait_until};
 pub const MARK: &str = "PILLION_TEST";
 /// Bytes of each output that are shown for a failed test.
 const SHOWN: usize = 8 * 1024;
+
+/// Set by [`keep_quiet`].
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// From now on, nothing is shown when a [`ProcessGuard`] is dropped: for programs, whose stderr libtest does not keep.
+pub fn keep_quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
 
 /// A child process; killed and reaped when dropped. What it printed is then shown, if its test fails.
 #[derive(Debug)]
@@ -156,7 +165,7 @@ impl Drop for ProcessGuard {
         }
         for (stream, text) in [("stdout", self.stdout()), ("stderr", self.stderr())] {
             let text = text.unwrap_or_default();
-            if !text.is_empty() {
+            if !text.is_empty() && !QUIET.load(Ordering::Relaxed) {
                 show(&format!("--- {stream} of {} ({}) ---\n{}", self.name, self.child.id(), tail(&text)));
             }
         }

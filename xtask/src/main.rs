@@ -1,7 +1,8 @@
-//! The project's own commands: `cargo xtask setup | test | bench | tidy`. Wires nothing of the agent; depends on none of its crates.
+//! The project's own commands: `cargo xtask setup | demo | test | bench | tidy`. Wires nothing of the agent; depends on none of its crates.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line program for developers")]
 
 mod bench;
+mod demo;
 mod metadata;
 mod setup;
 mod shell;
@@ -27,6 +28,8 @@ struct Arguments {
 enum Task {
     /// Install everything that building, demo and tests need. Asks for sudo only to install packages.
     Setup,
+    /// Show what Pillion does, on real programs, in under two minutes. Calls setup; needs root and asks for sudo.
+    Demo,
     /// Run all checks, unit tests and suites. Calls setup; the suites need root and ask for sudo.
     Test(test::Options),
     /// Measure what redirection costs. Needs root and asks for sudo.
@@ -38,6 +41,7 @@ enum Task {
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Task::Setup => setup::run(),
+        Task::Demo => demo::run(),
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Tidy => tidy::run(),

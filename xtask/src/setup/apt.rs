@@ -34,6 +34,7 @@ const NEEDS: &[Need] = &[
     need("containerd", "containerd", "tests and demo"),
     need("runc", "runc", "tests and demo"),
     need("haproxy", "haproxy", "tests"),
+    need("curl", "curl", "the client in the demo"),
     need("busybox", "busybox-static", "the containers' image in tests and demo"),
     need("bpftool", "bpftool", "looking at programs and maps"),
     need("python3", "python3", "unpacking Envoy"),
