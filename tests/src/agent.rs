@@ -43,7 +43,7 @@ impl Agent {
         let directory = machine.directory().join(format!("agent.{number}"));
         let agent = Self {
             http: free_address()?,
-            pins: format!("/sys/fs/bpf/pillion-test.{}.{number}", process::id()).into(),
+            pins: format!("/sys/fs/bpf/pillion-test-{}-{number}", process::id()).into(),
             containerd: containerd.map_or_else(|| "none".into(), |it| it.address().display().to_string()),
             process: None,
             earlier: String::new(),
@@ -114,7 +114,11 @@ impl Agent {
         process.signal(signal)?;
         let status = process.exit(DEADLINE)?;
         self.earlier.push_str(&process.stderr()?);
-        ensure!(signal == Signal::SIGKILL || status.success(), "the agent ended with {status}: {}", self.earlier);
+        ensure!(
+            signal == Signal::SIGKILL || status.success(),
+            "the agent ended with {status}: {}",
+            self.earlier
+        );
         Ok(())
     }
 
