@@ -123,6 +123,11 @@ impl<M: Machinery> Driver<M> {
             // Before anything that would outlive us: what cannot be recorded could never be taken back.
             let saved = self.ledger.save(self.record()).await;
             saved.map_err(|error| Fault(format!("cannot write the journal: {error}")))?;
+            if self.plan.on_failure == FailureMode::Closed {
+                // A companion may take seconds: until it is ready, nothing may pass.
+                self.put_in_force(Vec::new()).await?;
+                self.save().await;
+            }
         }
         self.report(Happening::Started).await;
         Ok(())
@@ -221,26 +226,40 @@ impl<M: Machinery> Driver<M> {
         let happening = if self.kept.adopted && self.kept.guard.is_some() {
             Happening::Adopted
         } else {
-            let before = match self.told_first {
-                FirstInstruction::After => FirstInstruction::After,
-                FirstInstruction::Before | FirstInstruction::Unknown => self.look().await,
-            };
-            let proofs = self.kept.slots.iter_mut().filter_map(|slot| slot.proof.take()).collect();
-            let spec = self.kept.resolved.as_ref().map(|resolved| &resolved.redirect);
-            let spec = spec.ok_or_else(|| Fault("its ports were never settled".to_owned()))?;
-            let rules = Rules { spec, mode: self.plan.on_failure, sources: self.kept.sources };
-            let guard = self.machinery.redirect(&self.workload, &self.netns, rules, proofs)?;
-            self.kept.guard = Some(guard);
-            let after = match before {
-                FirstInstruction::After => FirstInstruction::After,
-                FirstInstruction::Before | FirstInstruction::Unknown => self.look().await,
-            };
-            self.kept.first_instruction = Some(self.witness.judge(before, after));
+            let proofs: Vec<M::Ready> =
+                self.kept.slots.iter_mut().filter_map(|slot| slot.proof.take()).collect();
+            match &mut self.kept.guard {
+                Some(guard) => {
+                    for proof in proofs {
+                        self.machinery.companion_ready(guard, proof)?;
+                    }
+                }
+                None => self.put_in_force(proofs).await?,
+            }
             Happening::Attached
         };
         self.step(Transition::Redirected)?;
         self.save().await;
         self.report(happening).await;
+        Ok(())
+    }
+
+    /// Redirects to those that are ready, and judges whether that was before the workload's first instruction.
+    async fn put_in_force(&mut self, ready: Vec<M::Ready>) -> Result<(), Fault> {
+        let before = match self.told_first {
+            FirstInstruction::After => FirstInstruction::After,
+            FirstInstruction::Before | FirstInstruction::Unknown => self.look().await,
+        };
+        let spec = self.kept.resolved.as_ref().map(|resolved| &resolved.redirect);
+        let spec = spec.ok_or_else(|| Fault("its ports were never settled".to_owned()))?;
+        let rules = Rules { spec, mode: self.plan.on_failure, sources: self.kept.sources };
+        let guard = self.machinery.redirect(&self.workload, &self.netns, rules, ready)?;
+        self.kept.guard = Some(guard);
+        let after = match before {
+            FirstInstruction::After => FirstInstruction::After,
+            FirstInstruction::Before | FirstInstruction::Unknown => self.look().await,
+        };
+        self.kept.first_instruction = Some(self.witness.judge(before, after));
         Ok(())
     }
 
