@@ -20,6 +20,7 @@ pub mod process;
 pub mod programs;
 pub mod puppet;
 pub mod ready;
+pub mod run;
 pub mod wait;
 
 pub use agent::Agent;
@@ -31,4 +32,5 @@ pub use machine::{Machine, on_machine};
 pub use netns::{End, NetNs};
 pub use process::{Finished, ProcessGuard};
 pub use puppet::{Place, Puppet};
+pub use run::PillionRun;
 pub use wait::{wait_for, wait_until};

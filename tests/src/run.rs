@@ -1,0 +1,173 @@
+//! `pillion run` as a user calls it, and what it has on the machine meanwhile: its cgroups, companions and records.
+
+use std::{
+    fs::{self, File},
+    io::Read as _,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use procfs::process::Process;
+use serde::Deserialize;
+
+use crate::{NetNs, Puppet, cgroup, programs, wait_for, wait_until};
+
+/// Companions start and stop well within this.
+const SOON: Duration = Duration::from_secs(20);
+
+/// `pillion run OPTIONS --policy POLICY -- `, to be completed with the command.
+pub fn command(policy: &Path, options: &[&str]) -> Result<Command> {
+    let mut command = Command::new(programs::pillion()?);
+    command.arg("run").args(options).arg("--policy").arg(policy).arg("--");
+    Ok(command)
+}
+
+/// A running `pillion run` whose command is a puppet. Dropping it ends both in an orderly way.
+#[derive(Debug)]
+pub struct PillionRun {
+    /// The application.
+    pub app: Puppet,
+    stderr: File,
+}
+
+/// A connection as the relay tells it. Unknown fields and values are errors.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "documented where the relay writes them")]
+pub struct Record {
+    pub ts: String,
+    pub workload: String,
+    pub direction: String,
+    pub source: SocketAddr,
+    pub destination: Option<SocketAddr>,
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    pub connect_ms: Option<f64>,
+    pub duration_ms: f64,
+    pub outcome: String,
+}
+
+impl PillionRun {
+    /// Runs a puppet by `pillion run` within `netns`.
+    pub fn start(netns: &NetNs, policy: &Path) -> Result<Self> {
+        Self::start_with(netns, policy, &[], &[])
+    }
+
+    /// The same, with options of `pillion run` and with words before the puppet's program, such as a shell that starts it.
+    pub fn start_with(netns: &NetNs, policy: &Path, options: &[&str], before: &[&str]) -> Result<Self> {
+        let mut command = command(policy, options)?;
+        command.args(before).arg(programs::puppet()?);
+        let stderr = tempfile::tempfile()?;
+        command.stderr(stderr.try_clone()?);
+        match netns.run(|| Puppet::under(&mut command)) {
+            Ok(app) => Ok(Self { app, stderr }),
+            Err(error) => Err(error.context(format!("pillion run said: {}", read(&stderr)?))),
+        }
+    }
+
+    /// The pid of `pillion run` itself.
+    pub fn pid(&self) -> u32 {
+        self.app.pid()
+    }
+
+    /// Sends a signal to `pillion run`.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.pid().try_into()?), signal)?)
+    }
+
+    /// All it has written to stderr: its own words, the puppet's, and companions' as JSON lines.
+    pub fn stderr(&self) -> Result<String> {
+        read(&self.stderr)
+    }
+
+    /// Records of the relay so far.
+    pub fn records(&self) -> Result<Vec<Record>> {
+        records(&self.stderr()?)
+    }
+
+    /// Waits until there are `count` records, and that nothing is told twice.
+    pub fn wait_for_records(&self, count: usize) -> Result<Vec<Record>> {
+        let mut found = 0;
+        let waited = wait_until(&format!("{count} records"), SOON, || {
+            found = self.stderr().map_or(0, |text| record_lines(&text).count());
+            found >= count
+        });
+        waited.with_context(|| format!("{found} records instead"))?;
+        let records = self.records()?;
+        if records.len() != count {
+            bail!("{} records instead of {count}: {records:#?}", records.len());
+        }
+        Ok(records)
+    }
+
+    /// The first process of a companion, once it is there.
+    pub fn companion(&self, name: &str) -> Result<u32> {
+        companion(self.pid(), name)
+    }
+
+    /// A cgroup2 directory of this run: `workload`, or `companion-NAME`.
+    pub fn cgroup(&self, part: &str) -> Result<PathBuf> {
+        Ok(cgroup::cgroup2_mount()?.join(group(self.pid())?).join(part))
+    }
+
+    /// The limit of a cgroup: the contents of `v1` in the hierarchy of `controller` where that is mounted by itself, else
+    /// of `v2`.
+    pub fn limit(&self, part: &str, controller: &str, v1: &str, v2: &str) -> Result<String> {
+        let alone = Path::new("/sys/fs/cgroup").join(controller);
+        let file = if alone.is_dir() {
+            alone.join(group(self.pid())?).join(part).join(v1)
+        } else {
+            self.cgroup(part)?.join(v2)
+        };
+        let text = fs::read_to_string(&file).with_context(|| format!("no {}", file.display()))?;
+        Ok(text.trim().to_owned())
+    }
+
+    /// Ends the puppet's input, upon which it and then `pillion run` end; returns how, and all of stderr.
+    pub fn finish(self) -> Result<(ExitStatus, String)> {
+        let status = self.app.dismiss(SOON)?;
+        Ok((status, read(&self.stderr)?))
+    }
+}
+
+/// The first process of the companion `name` of the `pillion run` with that pid, once it is there.
+pub fn companion(run: u32, name: &str) -> Result<u32> {
+    wait_for(&format!("a process of companion {name}"), SOON, || {
+        let directory = cgroup::cgroup2_mount().ok()?.join(group(run).ok()?);
+        let pids = fs::read_to_string(directory.join(format!("companion-{name}/cgroup.procs"))).ok()?;
+        pids.lines().next()?.parse().ok()
+    })
+}
+
+/// The records in what a `pillion run` has written to stderr.
+pub fn records(stderr: &str) -> Result<Vec<Record>> {
+    let parse = |line| serde_json::from_str(line).with_context(|| format!("not a record: {line}"));
+    record_lines(stderr).map(parse).collect()
+}
+
+/// Whole lines only: the last one may still be being written.
+fn record_lines(stderr: &str) -> impl Iterator<Item = &str> {
+    stderr.split_inclusive('\n').filter(|line| line.starts_with("{\"ts\":") && line.ends_with('\n'))
+}
+
+/// Where the cgroups of the `pillion run` with that pid are, below every hierarchy.
+fn group(run: u32) -> Result<String> {
+    let started = Process::new(run.try_into()?)?.stat()?.starttime;
+    Ok(format!("pillion.slice/process+{run}-{started}"))
+}
+
+fn read(file: &File) -> Result<String> {
+    use std::os::fd::AsRawFd as _;
+    // A description of its own: the writers share the position of this one.
+    let mut own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let mut bytes = Vec::new();
+    own.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
