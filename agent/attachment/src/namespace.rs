@@ -16,6 +16,8 @@ use std::{
 
 use nix::{
     errno::Errno,
+    ifaddrs::getifaddrs,
+    net::if_::InterfaceFlags,
     sched::{CloneFlags, setns},
     sys::socket::{
         AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, UnixAddr, bind,
@@ -112,7 +114,8 @@ async fn within<T: Send + 'static>(
     }
 }
 
-/// The addresses that the kernel would choose towards the default route. Connecting a datagram socket sends nothing.
+/// The addresses that the kernel would choose towards the default route, else the first that is there: an internal network
+/// has no default route. Connecting a datagram socket sends nothing.
 fn sources() -> Sources {
     let towards = |own: SocketAddr, far: SocketAddr| {
         let socket = UdpSocket::bind(own).ok()?;
@@ -129,6 +132,23 @@ fn sources() -> Sources {
     let far = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
     if let Some(IpAddr::V6(address)) = towards(v6, (far, 9).into()) {
         sources.v6 = address;
+    }
+    let interfaces =
+        getifaddrs().into_iter().flatten().filter(|it| it.flags.contains(InterfaceFlags::IFF_UP));
+    for address in interfaces.filter_map(|interface| interface.address) {
+        if let Some(address) = address.as_sockaddr_in().map(SockaddrIn::ip)
+            && sources.v4.is_loopback()
+            && !address.is_loopback()
+        {
+            sources.v4 = address;
+        }
+        if let Some(address) = address.as_sockaddr_in6().map(SockaddrIn6::ip)
+            && sources.v6.is_loopback()
+            && !address.is_loopback()
+            && !address.is_unicast_link_local()
+        {
+            sources.v6 = address;
+        }
     }
     sources
 }
