@@ -40,6 +40,8 @@ struct Diary {
     /// How many starts of this companion fail.
     failing_starts: Mutex<BTreeMap<String, u32>>,
     failing: Mutex<Vec<&'static str>>,
+    /// Connections that companions have not asked for: one less at each look.
+    waiting: Mutex<usize>,
     /// Through which the tests speak as companions.
     voices: Mutex<BTreeMap<String, mpsc::Sender<CompanionNews<String>>>>,
 }
@@ -183,6 +185,14 @@ impl Machinery for Diary {
         self.step("update", format!("update {:?}", rules.mode))
     }
 
+    fn drain(&self, _: &mut Vec<String>) -> Result<usize, Fault> {
+        self.step("drain", "drain")?;
+        let mut waiting = self.waiting.lock().unwrap();
+        let now = *waiting;
+        *waiting = waiting.saturating_sub(1);
+        Ok(now)
+    }
+
     fn detach(&self, _: Vec<String>) -> Result<(), Fault> {
         self.step("detach", "detach")
     }
@@ -308,9 +318,27 @@ async fn companions_in_order_then_redirection_and_back_in_reverse() {
     test.wish.send(Wish::Detached).unwrap();
     let report = test.until(|happening| *happening == Happening::Detached).await;
     assert_eq!(report.view.state, State::Detached);
-    assert_eq!(diary.take(), ["detach", "stop b", "stop a"]);
+    assert_eq!(diary.take(), ["drain", "stop b", "stop a", "detach"]);
     assert_eq!(test.record(), None);
     test.task.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn companions_are_stopped_when_they_have_asked_for_all_connections_or_will_not() {
+    // So many connections wait; one less at each look.
+    for (waiting, looks) in [(0, 1..=1), (2, 3..=3), (100_000, 50..=200)] {
+        let diary = Arc::new(Diary::default());
+        let mut test = Test::begin(&diary, two(), None);
+        test.until(|happening| *happening == Happening::Attached).await;
+        diary.take();
+        *diary.waiting.lock().unwrap() = waiting;
+        test.wish.send(Wish::Detached).unwrap();
+        test.until(|happening| *happening == Happening::Detached).await;
+        let done = diary.take();
+        let drained = done.iter().take_while(|step| *step == "drain").count();
+        assert!(looks.contains(&drained), "{waiting} waiting: {drained} looks");
+        assert_eq!(done[drained..], ["stop b", "stop a", "detach"]);
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -99,6 +99,9 @@ pub(crate) trait Machinery: Send + Sync + 'static {
     /// Changes rules and failure mode in place.
     fn update(&self, guard: &mut Self::Guard, netns: &OwnedFd, rules: Rules<'_>) -> Result<(), Fault>;
 
+    /// Redirects no new connection from now on. Tells how many of those before companions have still to ask for.
+    fn drain(&self, guard: &mut Self::Guard) -> Result<usize, Fault>;
+
     /// Takes redirection back.
     fn detach(&self, guard: Self::Guard) -> Result<(), Fault>;
 

@@ -257,6 +257,10 @@ impl Machinery for Node {
         guard.update(netns.as_fd(), rules.spec, rules.mode, rules.sources).map_err(|error| Fault::of(&error))
     }
 
+    fn drain(&self, guard: &mut RedirectGuard) -> Result<usize, Fault> {
+        guard.drain().map_err(|error| Fault::of(&error))
+    }
+
     fn detach(&self, guard: RedirectGuard) -> Result<(), Fault> {
         guard.detach().map_err(|error| Fault::of(&error))
     }

@@ -1,11 +1,12 @@
 //! The way back: an attachment is taken back, given up or left for the next agent.
 //!
-//! One order for all: redirection first, so that nothing is sent to a companion that is leaving, then the companions
-//! from the last to the first.
+//! One order for all: no connection is redirected any more, so that nothing is sent to a companion that is leaving; those
+//! that were are given time to be asked for; the companions end, from the last to the first; and only then does the
+//! kernel forget what it could still answer them.
 
 use std::{mem, time::Duration};
 
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
 use crate::{
@@ -19,6 +20,9 @@ use crate::{
 
 /// What a stop may take beyond the companion's own grace; the companion's own limit is shorter.
 const STOP_MARGIN: Duration = Duration::from_secs(20);
+/// A companion that has not asked by then is not going to.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+const DRAIN_LOOK: Duration = Duration::from_millis(20);
 
 impl<M: Machinery> Driver<M> {
     pub(crate) async fn take_back(&mut self) {
@@ -55,16 +59,20 @@ impl<M: Machinery> Driver<M> {
     async fn undo(&mut self) -> Vec<String> {
         let mut left = Vec::new();
         self.kept.starts.shutdown().await;
-        if let Some(guard) = self.kept.guard.take()
-            && let Err(fault) = self.machinery.detach(guard)
-        {
-            left.push(format!("redirection: {fault}"));
+        let mut guard = self.kept.guard.take();
+        if let Some(guard) = &mut guard {
+            self.drain(guard).await;
         }
         for slot in mem::take(&mut self.kept.slots).into_iter().rev() {
             let name = slot.spec.name.clone();
             if let Some(fault) = self.stop(slot).await {
                 left.push(format!("companion {name}: {fault}"));
             }
+        }
+        if let Some(guard) = guard
+            && let Err(fault) = self.machinery.detach(guard)
+        {
+            left.push(format!("redirection: {fault}"));
         }
         self.kept.claims = Claims::default();
         // With something left the record stays: the next agent tries again.
@@ -74,6 +82,28 @@ impl<M: Machinery> Driver<M> {
             left.push(format!("journal: {error}"));
         }
         left
+    }
+
+    /// A connection may have been made and not yet be accepted when redirection ends: its companion has to be told yet
+    /// where it was to go.
+    async fn drain(&self, guard: &mut M::Guard) {
+        let deadline = Instant::now() + DRAIN_LIMIT;
+        loop {
+            match self.machinery.drain(guard) {
+                // Nobody is there to ask.
+                Ok(_) if !self.kept.slots.iter().any(|slot| slot.is_ready) => return,
+                Ok(0) => return,
+                Ok(waiting) if Instant::now() >= deadline => {
+                    warn!(workload = %self.workload.id, waiting, "companions did not ask for all connections");
+                    return;
+                }
+                Ok(_) => sleep(DRAIN_LOOK).await,
+                Err(error) => {
+                    warn!(workload = %self.workload.id, %error, "redirection could not be drained");
+                    return;
+                }
+            }
+        }
     }
 
     pub(crate) async fn stop(&self, slot: Slot<M>) -> Option<Fault> {
