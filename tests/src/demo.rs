@@ -58,7 +58,7 @@ pub fn main() -> Result<()> {
     keep_quiet();
     let mut screen = Screen::new();
     on_machine(|machine| tell(machine, &mut screen))?;
-    screen.proven("the stage is gone, too: programs, maps, cgroups, namespaces, mounts, sockets and files are as before");
+    screen.proven("the stage is gone, too");
     say(&format!(
         "\nThat was all, in {:.0} s. README.md says where to go next.",
         screen.took().as_secs_f32()
@@ -273,7 +273,7 @@ What is private to this demo (directories, sockets) is left out of the commands 
             ports.as_array().is_none_or(Vec::is_empty) && workload["verdict"] == "attached"
         })?;
         let companions = [self.companion("web")?, self.companion("payments")?];
-        self.screen.typed("host", "pkill -9 --exact pillion");
+        self.screen.typed("host", "kill -9 %1             # the agent");
         self.agent.stop(Signal::SIGKILL)?;
         self.screen.typed("host", &format!("kill -9 {} {}", companions[0], companions[1]));
         for pid in companions {
@@ -286,7 +286,7 @@ What is private to this demo (directories, sockets) is left out of the commands 
         say("\n`payments` has onFailure: closed:");
         self.ask_server("payments", 1, "Connection refused")?;
         self.screen.proven(
-            "open flows, closed refuses: the kernel decides at each connect, and needs nobody of Pillion",
+            "open flows, closed refuses: the kernel decides at each connect, and needs no process of Pillion for it",
         );
 
         say("\nThe next agent takes over what it finds, and brings the companions back.");
@@ -304,16 +304,22 @@ What is private to this demo (directories, sockets) is left out of the commands 
     fn cleanup(mut self, before: &Inventory) -> Result<()> {
         self.screen.chapter("Nothing is left")?;
         self.screen
-            .typed("host", "kill -TERM %1          # the agent; companions and redirection stay in force");
+            .typed("host", "kill -TERM %2          # the agent; companions and redirection stay in force");
         self.agent.stop(Signal::SIGTERM)?;
         self.screen.typed("host", "pillion cleanup --yes");
         let done = self.agent.cleanup(&["--yes"])?;
         finished(done, 0)?;
-        self.ask_server("payments", 0, "hello 10.77.2.2, this is the web server")?;
+        self.ask_server("web", 0, "hello 10.77.1.2, this is the web server")?;
+        expect(&self.curl_from_server("10.77.1.2")?, "hello 10.77.0.1, this is container web")?;
+        self.screen.proven("`web` runs on, untouched by any of this");
+        // Which came after the first inventory.
+        self.screen.typed("host", "ctr task rm --force payments && ctr container rm payments");
+        self.town.containerd.remove("payments")?;
         before.expect_nothing_added(DEADLINE)?;
-        let lines = before.lines().count();
         self.screen.proven(&format!(
-            "the containers run on, and of {lines} things found on this machine before Pillion came, none has been added to",
+            "{} programs, maps, links, pins, cgroups, mounts, processes, sockets and files were found on this machine \
+             before Pillion came; nothing has been added to them",
+            before.lines().count()
         ));
         Ok(())
     }
