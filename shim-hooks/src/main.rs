@@ -15,6 +15,8 @@ fn main() -> ExitCode {
         println!("pillion-hook {} (layout {})", env!("CARGO_PKG_VERSION"), pillion_common::LAYOUT_VERSION);
         return ExitCode::SUCCESS;
     }
-    eprintln!("pillion-hook: this version does not hold workloads yet; take it out of the runtime's configuration");
+    eprintln!(
+        "pillion-hook: this version does not hold workloads yet; take it out of the runtime's configuration"
+    );
     ExitCode::from(USAGE)
 }
