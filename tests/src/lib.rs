@@ -21,6 +21,7 @@ pub mod programs;
 pub mod puppet;
 pub mod ready;
 pub mod run;
+pub mod scene;
 pub mod wait;
 
 pub use agent::Agent;
