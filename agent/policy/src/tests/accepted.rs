@@ -8,7 +8,7 @@ use super::{file, one, policy};
 use crate::{PolicySet, SourceFile, parse};
 
 fn example(name: &str) -> PolicySet {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/policies").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging").join(name);
     let text = fs::read_to_string(&path).expect("the example is there");
     parse(&[SourceFile { path, text }]).unwrap_or_else(|faults| panic!("{faults}"))
 }
@@ -23,7 +23,7 @@ fn the_smallest_policy_stands_as_it_is() {
     let text = "spec: { select: { runtimes: [process] }, companions: [{ name: r, builtin: relay }], \
                 redirect: { outbound: [{ to: \"r:15001\" }] }, onFailure: open }";
     let set = parse(&[file("/etc/pillion/policy.d/smallest.yaml", text)]).expect("valid");
-    assert_eq!(set, example("smallest.yaml"), "the shipped file says the same");
+    assert_eq!(set, example("policies/smallest.yaml"), "the shipped file says the same");
     let plan = plan(&set);
     assert_eq!(plan.policy.as_str(), "smallest");
     assert_eq!(plan.on_failure, FailureMode::Open);
@@ -41,32 +41,36 @@ fn the_smallest_policy_stands_as_it_is() {
 
 #[test]
 fn every_field_arrives() {
-    let set = example("envoy.yaml");
+    let set = example("companions/envoy/policy.yaml");
     let plan = plan(&set);
     let envoy = &plan.companions[0];
     let CompanionKind::Exec(exec) = &envoy.kind else { panic!("a program") };
-    assert_eq!(exec.command, ["/usr/bin/envoy", "-c", "{{ dir }}/envoy.yaml", "--use-dynamic-base-id"]);
+    assert_eq!(exec.command[..3], ["/usr/bin/envoy", "-c", "{{ dir }}/envoy.yaml"]);
+    assert_eq!(exec.command[4..6], ["--concurrency", "1"]);
     assert_eq!(exec.templates, [Path::new("/etc/pillion/envoy.yaml")]);
-    assert_eq!((envoy.user.user.as_str(), envoy.user.group.as_deref()), ("envoy", None));
+    assert_eq!(envoy.ready.timeout, Duration::from_secs(20));
     assert_eq!(envoy.ready.probe, Some(Probe::Http { port: 9901, path: "/ready".into() }));
     assert_eq!(envoy.stop_grace, Duration::from_secs(30));
     let resources = &envoy.resources;
     assert_eq!(
         (resources.memory, resources.cpu_millis, resources.pids),
-        (Some(256 << 20), Some(500), Some(64))
+        (Some(256 << 20), Some(1000), Some(64))
     );
     let outbound = plan.redirect.outbound.as_ref().expect("an outbound rule");
     assert_eq!(outbound.exclude.ports.iter().copied().collect::<Vec<_>>(), [22]);
     assert_eq!(outbound.exclude.cidrs[0].to_string(), "169.254.0.0/16");
     assert_eq!(plan.redirect.inbound[0].ports.iter().copied().collect::<Vec<_>>(), [8080]);
-    assert_eq!(plan.redirect.inbound[0].to.port, Some(15006));
+    assert_eq!(plan.redirect.inbound[0].to.companion.as_str(), "envoy");
     assert_eq!(set.policies()[0].priority(), 100);
 }
 
 #[test]
 fn the_other_examples_are_valid() {
-    assert_eq!(plan(&example("relay-in-and-out.yaml")).redirect.inbound[0].to.port, None);
-    assert_eq!(plan(&example("closed.yaml")).on_failure, FailureMode::Closed);
+    assert_eq!(plan(&example("policies/relay-in-and-out.yaml")).redirect.inbound[0].to.port, None);
+    assert_eq!(plan(&example("policies/closed.yaml")).on_failure, FailureMode::Closed);
+    let haproxy = example("companions/haproxy/policy.yaml");
+    let outbound = plan(&haproxy).redirect.outbound.as_ref().expect("an outbound rule");
+    assert_eq!(outbound.exclude.cidrs[1].to_string(), "::/0");
 }
 
 #[test]

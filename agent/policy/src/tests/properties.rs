@@ -9,7 +9,7 @@ use super::{file, one};
 use crate::{Verdict, parse};
 
 const EVERYTHING: &str = include_str!("../../testdata/faults/everything.yaml");
-const ENVOY: &str = include_str!("../../../../packaging/policies/envoy.yaml");
+const ENVOY: &str = include_str!("../../../../packaging/companions/envoy/policy.yaml");
 
 /// A policy's content, to be written as YAML and compared with what comes back.
 #[derive(Debug, Clone)]
