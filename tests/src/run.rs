@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -17,7 +17,7 @@ use nix::{
 use procfs::process::Process;
 use serde::Deserialize;
 
-use crate::{NetNs, Puppet, cgroup, programs, wait_for, wait_until};
+use crate::{Machine, NetNs, Puppet, cgroup, programs, wait_for, wait_until};
 
 /// Companions start and stop well within this.
 const SOON: Duration = Duration::from_secs(20);
@@ -135,6 +135,25 @@ impl PillionRun {
         let status = self.app.dismiss(SOON)?;
         Ok((status, read(&self.stderr)?))
     }
+}
+
+/// The documented example `packaging/companions/NAME`, whose policy is returned. Its files are used as they are, but for where
+/// the template and the program are.
+pub fn example(machine: &Machine, name: &str, template: &str, program: (&str, &Path)) -> Result<PathBuf> {
+    let directory = programs::checkout().join("packaging/companions").join(name);
+    let read = |file: &str| {
+        let path = directory.join(file);
+        fs::read_to_string(&path).with_context(|| format!("no {}", path.display()))
+    };
+    let template = machine.file(template, &read(template)?)?;
+    let mut policy = read("policy.yaml")?;
+    let installed = Path::new("/etc/pillion").join(template.file_name().context("a file")?);
+    for (from, to) in [(installed.as_path(), template.as_path()), (Path::new(program.0), program.1)] {
+        let (from, to) = (from.display().to_string(), to.display().to_string());
+        ensure!(policy.matches(&from).count() == 1, "{from} is not once in the policy of {name}");
+        policy = policy.replace(&from, &to);
+    }
+    machine.file("policy.yaml", &policy)
 }
 
 /// The first process of the companion `name` of the `pillion run` with that pid, once it is there.
