@@ -2,7 +2,7 @@
 //!
 //! Wires, decides nothing.
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::{mem::ManuallyDrop, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use pillion_attachment::Node;
@@ -27,6 +27,7 @@ use crate::{
     http::{self, Listener},
     journal::Journal,
     lock::{AgentLock, make_directory},
+    memory,
     metrics::{DataplaneCollector, Metrics},
     notify::{self, Notifier},
     policy_watch::{self, LoadNow},
@@ -41,8 +42,11 @@ const END_LIMIT: Duration = Duration::from_secs(6);
 
 /// Runs the agent to its end.
 pub(crate) fn main(config: AgentConfig) -> anyhow::Result<ExitCode> {
+    memory::give_back_early();
     telemetry::init(&config.log)?;
     // Two workers: one may be in a system call while the other answers.
+    // Never dropped: that would drop attachments which have not let go in time, and a dropped one is taken back. The end
+    // of the process leaves them in force, as a kill does.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(16)
@@ -51,10 +55,7 @@ pub(crate) fn main(config: AgentConfig) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("the runtime cannot be started")?;
-    let result = runtime.block_on(run(config));
-    // A thread that hangs in the kernel must not keep us.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result.map(|()| ExitCode::SUCCESS)
+    ManuallyDrop::new(runtime).block_on(run(config)).map(|()| ExitCode::SUCCESS)
 }
 
 /// Builds every part and runs until SIGTERM or SIGINT. Attachments stay in force afterwards.
@@ -70,6 +71,8 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let lock = AgentLock::take(&config.lock_file(), &config.paths.state_dir)?;
     let journal = Journal::open(&config.paths.state_dir).context("cannot open the journal")?;
     let loaded = journal.load().context("cannot read the journal")?;
+    // Whatever can fail comes before anything is adopted.
+    let listeners = listen(&config).await?;
 
     // The node: companions and redirection.
     let options = LoadOptions::new(&config.paths.pin_root);
@@ -129,7 +132,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     // Servers.
     let registry = Arc::new(registry);
     let admin = Admin { requests, loads: loads.clone(), dataplane, metrics, registry };
-    let servers = serve(&config, &admin, &stop).await?;
+    let servers = serve(listeners, &admin, &stop);
     notifier.ready();
     info!(socket = %config.admin_socket().display(), "the agent is up");
 
@@ -141,21 +144,32 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     ended
 }
 
-async fn serve(
-    config: &AgentConfig,
-    admin: &Admin,
-    stop: &CancellationToken,
-) -> anyhow::Result<Vec<JoinHandle<()>>> {
+async fn listen(config: &AgentConfig) -> anyhow::Result<Listeners> {
     let socket = config.admin_socket();
-    let listener = admin::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
-    let mut servers = vec![tokio::spawn(http::serve(listener, admin::api(admin.clone()), stop.clone()))];
-    if let Some(address) = config.http_addr.get() {
-        let listener = Listener::tcp(*address)
-            .await
-            .with_context(|| format!("cannot listen on {address}; --http-addr gives another, or 'none'"))?;
+    let admin = admin::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+    let health = match config.http_addr.get() {
+        Some(address) => {
+            let listener = Listener::tcp(*address).await;
+            let cure = || format!("cannot listen on {address}; --http-addr gives another, or 'none'");
+            Some(listener.with_context(cure)?)
+        }
+        None => None,
+    };
+    Ok(Listeners { admin, health })
+}
+
+fn serve(listeners: Listeners, admin: &Admin, stop: &CancellationToken) -> Vec<JoinHandle<()>> {
+    let mut servers =
+        vec![tokio::spawn(http::serve(listeners.admin, admin::api(admin.clone()), stop.clone()))];
+    if let Some(listener) = listeners.health {
         servers.push(tokio::spawn(http::serve(listener, admin::health(admin.clone()), stop.clone())));
     }
-    Ok(servers)
+    servers
+}
+
+struct Listeners {
+    admin: Listener,
+    health: Option<Listener>,
 }
 
 /// Waits for a signal to end; reloads on SIGHUP; tells systemd that the controller answers.
@@ -198,8 +212,7 @@ async fn wait(
                 warn!("the controller does not answer; systemd is not told that all is well");
             },
             ended = &mut controller => {
-                stop.cancel();
-                // Only a panic ends it before it is told to.
+                // Only a panic ends it before it is told to. Its attachments see that and let go.
                 return Err(anyhow::anyhow!("the controller has ended: {ended:?}"));
             }
         }

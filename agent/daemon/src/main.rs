@@ -19,6 +19,7 @@ mod inspect;
 mod inventory;
 mod journal;
 mod lock;
+mod memory;
 mod metrics;
 mod notify;
 mod plan_text;

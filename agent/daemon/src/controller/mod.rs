@@ -49,6 +49,8 @@ use crate::{
 const LEAVE_LIMIT: Duration = Duration::from_secs(3);
 /// More workloads than a node can run: what comes beyond is reported and left alone.
 const MAX_WORKLOADS: usize = 16_384;
+/// Instances of the inbound program that are kept ready, for workloads that start at once.
+const INBOUND_READY: usize = 2;
 /// What needs an operator and has no workload of its own; the oldest go first.
 const MAX_PROBLEMS: usize = 64;
 
@@ -306,8 +308,8 @@ impl Controller {
                     self.loaded_at = Some(Timestamp::now());
                     let count = policies.policies().len();
                     self.note(EventKind::PolicyLoaded, format!("{count} policies are in force"));
-                    self.prepare_inbound(&policies);
                     self.policies = Some(policies);
+                    self.prepare_inbound();
                     for id in self.workloads.keys().cloned().collect::<Vec<_>>() {
                         self.decide(&id);
                         self.reconcile(&id);
@@ -332,11 +334,12 @@ impl Controller {
     }
 
     /// Loading the inbound program takes milliseconds: not when a workload waits for it.
-    fn prepare_inbound(&self, policies: &PolicySet) {
-        if policies.policies().iter().any(|policy| !policy.plan().redirect.inbound.is_empty()) {
+    fn prepare_inbound(&self) {
+        let mut policies = self.policies.iter().flat_map(PolicySet::policies);
+        if policies.any(|policy| !policy.plan().redirect.inbound.is_empty()) {
             let dataplane = self.node.dataplane.clone();
             tokio::task::spawn_blocking(move || {
-                if let Err(error) = dataplane.prepare_inbound(2) {
+                if let Err(error) = dataplane.prepare_inbound(INBOUND_READY) {
                     error!(%error, "the inbound program cannot be prepared");
                 }
             });
@@ -458,6 +461,8 @@ impl Controller {
             entry.attach_millis = Some(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
             entry.failure = None;
             self.metrics.attach_seconds.observe(took.as_secs_f64());
+            // In place of the one that was taken.
+            self.prepare_inbound();
         }
         self.tell(&id, &happening, &state, &policy, ending);
         let is_degraded = is_degraded(Some(&state));
