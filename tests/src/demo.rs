@@ -3,27 +3,24 @@
 //! Runs within [`on_machine`], as the suites do: root, alone on the machine, and a proof at the end that nothing is left.
 //! Owns the story; the stage is in `town`, the printing in `screen`.
 
+mod hands;
 mod screen;
 mod town;
 
-use std::{process::Command, time::Duration};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::Value;
 
 use self::{
+    hands::{DEADLINE, expect, is_dead, pillion, record_in},
     screen::{Screen, finished, output, say},
-    town::{PAGE, PORT, SERVER, SERVER6, Town, hermetic, until_listening},
+    town::{PAGE, PORT, SERVER, SERVER6, Town, until_listening},
 };
-use crate::{
-    Agent, Inventory, Machine, NetNs, ProcessGuard, on_machine, process::keep_quiet, programs, wait_until,
-};
-
-const DEADLINE: Duration = Duration::from_secs(30);
+use crate::{Agent, Inventory, Machine, ProcessGuard, on_machine, process::keep_quiet, programs, wait_until};
 
 const DESK_POLICY: &str = "\
 spec:
@@ -57,7 +54,10 @@ pub fn main() -> Result<()> {
     screen::heed_signals()?;
     keep_quiet();
     let mut screen = Screen::new();
-    on_machine(|machine| tell(machine, &mut screen))?;
+    let told = on_machine(|machine| tell(machine, &mut screen));
+    // A signal ends commands as well: not their failure is the news then.
+    screen::go_on()?;
+    told.context("the demo met a surprise")?;
     screen.proven("the stage is gone, too");
     say(&format!(
         "\nThat was all, in {:.0} s. README.md says where to go next.",
@@ -210,7 +210,7 @@ What is private to this demo (directories, sockets) is left out of the commands 
         let into = self.agent.record(&Town::workload("web"), "10.77.1.2:8080".parse()?)?;
         say("\nThe relay's records, from the agent's log:");
         for record in [&out, &into] {
-            output(&record.to_string());
+            output(&self.as_logged(record)?);
         }
         ensure!(out["direction"] == "outbound" && into["direction"] == "inbound", "not so: {out} {into}");
         self.screen.proven("the container was neither changed nor restarted for this");
@@ -323,83 +323,4 @@ What is private to this demo (directories, sockets) is left out of the commands 
         ));
         Ok(())
     }
-
-    /// The container `name` asks the web server.
-    fn ask_server(&self, name: &str, code: i32, wanted: &str) -> Result<()> {
-        let url = format!("http://{SERVER}/{PAGE}");
-        let typed = format!("ctr task exec --exec-id 1 {name} wget -q -O - {url}");
-        let mut command = self.town.in_container(name, &["wget", "-q", "-O", "-", &url])?;
-        let done = self.screen.run("host", &typed, &mut command, code)?;
-        expect(&format!("{}{}", done.stdout, done.stderr), wanted)
-    }
-
-    /// The server's side asks a workload.
-    fn curl_from_server(&self, host: &str) -> Result<String> {
-        let url = format!("http://{host}:{PORT}/{PAGE}");
-        // The address that the others know the server by.
-        let arguments = ["-s", "--interface", SERVER, &url];
-        let mut curl = hermetic(programs::system("curl")?);
-        let typed = format!("curl {}", arguments.join(" "));
-        in_netns(&self.town.server, || Ok(self.screen.run("server", &typed, curl.args(arguments), 0)?.stdout))
-    }
-
-    fn pillion(&self, arguments: &[&str], code: i32) -> Result<String> {
-        let typed = format!("pillion {}", arguments.join(" "));
-        Ok(self.screen.run("host", &typed, &mut self.agent.cli_command(arguments)?, code)?.stdout)
-    }
-
-    /// `pillion run --policy desk.yaml --`, to be completed.
-    fn pillion_run(&self) -> Result<Command> {
-        let mut command = pillion()?;
-        command.arg("run").arg("--state-dir").arg(self.agent.state_dir());
-        command.arg("--run-dir").arg(self.agent.run_dir()).arg("--pin-root").arg(self.agent.pin_root());
-        command.arg("--policy").arg(self.machine.directory().join("desk.yaml")).arg("--");
-        Ok(command)
-    }
-
-    /// Waits until a container is attached and its companion is ready.
-    fn attached(&self, name: &str) -> Result<()> {
-        let ready = |workload: &Value| {
-            workload["verdict"] == "attached" && workload["companions"][0]["state"] == "ready"
-        };
-        self.agent.until(&Town::workload(name), "attached", ready).map(drop)
-    }
-
-    /// The pid of a container's companion.
-    fn companion(&self, name: &str) -> Result<i32> {
-        let workload = self.agent.workload(&Town::workload(name))?.context("the agent knows it")?;
-        let pid = workload["companions"][0]["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
-        pid.with_context(|| format!("no companion runs: {workload}"))
-    }
-
-    /// How many outbound connections of a container the relay has recorded.
-    fn records_out(&self, name: &str) -> Result<usize> {
-        let id = Town::workload(name);
-        let own = |record: &&Value| record["workload"] == *id && record["direction"] == "outbound";
-        Ok(self.agent.records()?.iter().filter(own).count())
-    }
-}
-
-fn pillion() -> Result<Command> {
-    Ok(hermetic(programs::pillion()?))
-}
-
-fn in_netns<T: Send>(netns: &NetNs, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    netns.run(work)
-}
-
-fn expect(text: &str, wanted: &str) -> Result<()> {
-    ensure!(text.contains(wanted), "expected {wanted:?} in what it printed: {text}");
-    Ok(())
-}
-
-/// The relay's record among lines.
-fn record_in(lines: &str) -> Result<Value> {
-    let record = lines.lines().find_map(|line| serde_json::from_str(line).ok());
-    record.with_context(|| format!("no record of the relay in: {lines}"))
-}
-
-/// Gone, or a zombie: a dead agent's companion is reaped by init, which may take its time.
-fn is_dead(pid: i32) -> bool {
-    procfs::process::Process::new(pid).and_then(|it| it.stat()).map_or(true, |stat| stat.state == 'Z')
 }

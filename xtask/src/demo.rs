@@ -36,6 +36,6 @@ pub(crate) fn run() -> Result<()> {
     let mut demo: Command = shell::as_root(programs.join("pillion-demo"), &environment)?;
     let status = demo.current_dir(shell::checkout()).status().context("the demo cannot be started")?;
     // It has said what went wrong.
-    ensure!(status.success(), "the demo failed ({status})");
+    ensure!(status.success(), "the demo did not come to its end ({status})");
     Ok(())
 }

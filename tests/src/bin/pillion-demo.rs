@@ -7,7 +7,7 @@ fn main() -> ExitCode {
     match pillion_tests::demo::main() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("\nthe demo met a surprise: {error:#}");
+            eprintln!("\nerror: {error:#}");
             ExitCode::FAILURE
         }
     }

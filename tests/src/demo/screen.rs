@@ -114,9 +114,10 @@ pub(super) fn heed_signals() -> Result<()> {
     Ok(())
 }
 
-fn go_on() -> Result<()> {
+/// An error once the user wants an end.
+pub(super) fn go_on() -> Result<()> {
     if INTERRUPTED.load(Ordering::Relaxed) {
-        bail!("interrupted; everything has been taken down");
+        bail!("interrupted");
     }
     Ok(())
 }
