@@ -60,7 +60,18 @@ pub async fn discard(
     }
     let path = CompanionDirectory::path_of(&host.config().state_dir, workload, companion);
     let removal = tokio::task::spawn_blocking(move || {
-        tree::remove(&path).map_err(|source| CompanionError::Directory { operation: "remove", path, source })
+        match tree::remove(&path) {
+            Ok(()) => {
+                // The workload's directory goes with its last companion; so does the one that holds all.
+                for parent in path.ancestors().skip(1).take(2) {
+                    if std::fs::remove_dir(parent).is_err() {
+                        break;
+                    }
+                }
+                Ok(())
+            }
+            Err(source) => Err(CompanionError::Directory { operation: "remove", path, source }),
+        }
     });
     removal.await.unwrap_or(Err(CompanionError::Abandoned))
 }

@@ -8,7 +8,10 @@ use std::{convert::Infallible, fs, io, path::Path, sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     body::{Body, Bytes},
-    extract::{DefaultBodyLimit, Path as UrlPath, Query, State},
+    extract::{
+        DefaultBodyLimit, Path as UrlPath, Query, State,
+        rejection::{BytesRejection, QueryRejection},
+    },
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -134,7 +137,7 @@ struct EventsQuery {
 
 async fn events(
     State(admin): State<Admin>,
-    query: Result<Query<EventsQuery>, axum::extract::rejection::QueryRejection>,
+    query: Result<Query<EventsQuery>, QueryRejection>,
 ) -> Result<Response, Refusal> {
     let Query(query) = query.map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, error.body_text()))?;
     let (backlog, rest) = admin.ask(|reply| Request::Events(query.since, reply)).await?;
@@ -156,12 +159,12 @@ async fn events(
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
 
-async fn attach(State(admin): State<Admin>, body: Bytes) -> Result<Json<WorkloadSummary>, Refusal> {
-    admin.override_by_hand(&body, Override::Attach).await
+async fn attach(State(admin): State<Admin>, body: RequestBody) -> Result<Json<WorkloadSummary>, Refusal> {
+    admin.override_by_hand(&read(body)?, Override::Attach).await
 }
 
-async fn detach(State(admin): State<Admin>, body: Bytes) -> Result<Json<WorkloadSummary>, Refusal> {
-    admin.override_by_hand(&body, Override::Detach).await
+async fn detach(State(admin): State<Admin>, body: RequestBody) -> Result<Json<WorkloadSummary>, Refusal> {
+    admin.override_by_hand(&read(body)?, Override::Detach).await
 }
 
 async fn reload(State(admin): State<Admin>) -> Result<Json<ReloadResponse>, Refusal> {
@@ -175,8 +178,8 @@ async fn reload(State(admin): State<Admin>) -> Result<Json<ReloadResponse>, Refu
     Ok(Json(ReloadResponse { accepted: policies.refused.is_none(), policies }))
 }
 
-async fn explain(State(admin): State<Admin>, body: Bytes) -> Result<Json<ExplainResponse>, Refusal> {
-    let request: ExplainRequest = parse(&body)?;
+async fn explain(State(admin): State<Admin>, body: RequestBody) -> Result<Json<ExplainResponse>, Refusal> {
+    let request: ExplainRequest = parse(&read(body)?)?;
     let unknown = match &request {
         ExplainRequest::Workload(id) => OverrideRefused::Unknown(id.clone()).into(),
         ExplainRequest::Subject(_) => Refusal::silent(),
@@ -255,6 +258,13 @@ impl Admin {
             }
         }
     }
+}
+
+/// Too long, or cut short, is an answer of ours like any other.
+type RequestBody = Result<Bytes, BytesRejection>;
+
+fn read(body: RequestBody) -> Result<Bytes, Refusal> {
+    body.map_err(|error| Refusal::new(error.status(), error.body_text()))
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
