@@ -10,8 +10,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("pillion-workload", &[]),
     ("pillion-policy", &["pillion-workload"]),
     ("pillion-runtime", &["pillion-workload"]),
-    // The relay knows by which source addresses redirection marks connections.
-    ("pillion-companion", &["pillion-common", "pillion-workload"]),
+    ("pillion-companion", &["pillion-workload"]),
     ("pillion-redirect", &["pillion-common", "pillion-workload"]),
     ("pillion-attachment", &["pillion-companion", "pillion-redirect", "pillion-workload"]),
     (

@@ -5,7 +5,6 @@ use std::{
     os::fd::BorrowedFd,
 };
 
-use pillion_common::SlotAddress;
 use socket2::SockRef;
 
 use super::record::Direction;
@@ -54,24 +53,21 @@ impl OriginalDestination {
     }
 }
 
-/// Where a connection comes from, as the workload sees it: `peer`, unless that is an address by which the redirection
-/// marks connections. Then it is the address that the kernel has chosen for the way to `destination`, which `upstream`
-/// shows, with the peer's port: what the application's own `getsockname` says. Unspecified when none was chosen,
-/// because nothing was dialled or there is no route.
+/// Where a connection to `destination` comes from, as the workload sees it: `peer`, unless the redirection has put a
+/// loopback address in its place, from where nobody reaches a destination that is not loopback. Then it is the address
+/// that the kernel has chosen for the way there, which `upstream` shows, with the peer's port: what the application's own
+/// `getsockname` says. Unspecified when none was chosen, because nothing was dialled or there is no route.
 pub(super) fn source(
     peer: SocketAddr,
     destination: Option<SocketAddr>,
     upstream: Option<BorrowedFd<'_>>,
 ) -> SocketAddr {
-    match peer.ip() {
-        IpAddr::V4(ip) if SlotAddress::decode(ip.to_bits()).is_some() => {}
-        IpAddr::V4(_) | IpAddr::V6(_) => return peer,
-    }
+    let Some(destination) = destination.filter(|_| peer.ip().is_loopback()) else { return peer };
     let chosen = upstream.and_then(|socket| SockRef::from(&socket).local_addr().ok()?.as_socket());
     let address = match (chosen, destination) {
         (Some(chosen), _) => plain(chosen).ip(),
-        (None, Some(SocketAddr::V6(_))) => Ipv6Addr::UNSPECIFIED.into(),
-        (None, Some(SocketAddr::V4(_)) | None) => Ipv4Addr::UNSPECIFIED.into(),
+        (None, SocketAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
+        (None, SocketAddr::V4(_)) => Ipv4Addr::UNSPECIFIED.into(),
     };
     SocketAddr::new(address, peer.port())
 }
@@ -105,18 +101,20 @@ mod tests {
     }
 
     #[test]
-    fn a_marked_peer_is_shown_with_the_address_that_was_chosen_for_it() {
+    fn a_loopback_peer_is_shown_with_the_address_that_was_chosen_for_it() {
         let listener = TcpListener::bind("127.0.0.2:0").unwrap();
         let upstream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let chosen = upstream.local_addr().unwrap().ip();
         let (v4, v6) = ("192.0.2.1:80".parse().unwrap(), "[2001:db8::1]:80".parse().unwrap());
         let dialled = Some(upstream.as_fd());
-        let marked = "127.64.0.9:40000".parse().unwrap();
-        assert_eq!(source(marked, Some(v4), dialled), SocketAddr::new(chosen, 40_000));
-        assert_eq!(source(marked, Some(v4), None), "0.0.0.0:40000".parse().unwrap());
-        assert_eq!(source(marked, Some(v6), None), "[::]:40000".parse().unwrap());
-        assert_eq!(source(marked, None, None), "0.0.0.0:40000".parse().unwrap());
-        for peer in ["127.0.0.1:1", "127.63.255.255:1", "127.128.0.0:1", "10.77.0.1:1", "[fd77::1]:1"] {
+        for marked in ["127.64.0.9:40000", "[::1]:40000"] {
+            let marked = marked.parse().unwrap();
+            assert_eq!(source(marked, Some(v4), dialled), SocketAddr::new(chosen, 40_000));
+            assert_eq!(source(marked, Some(v4), None), "0.0.0.0:40000".parse().unwrap());
+            assert_eq!(source(marked, Some(v6), None), "[::]:40000".parse().unwrap());
+            assert_eq!(source(marked, None, None), marked);
+        }
+        for peer in ["10.77.0.1:1", "[fd77::1]:1"] {
             let peer = peer.parse().unwrap();
             assert_eq!(source(peer, Some(v4), dialled), peer);
         }
