@@ -1,0 +1,99 @@
+//! What runtime sources tell: which workloads there are.
+
+use std::collections::BTreeSet;
+
+use pillion_runtime::{RuntimeEvent, SourceName};
+use pillion_workload::{FirstInstruction, Workload, WorkloadId};
+use tokio::time::Instant;
+
+use super::{Controller, entry::Entry};
+use crate::api::{EventKind, SourceState};
+
+/// More workloads than a node can run: what comes beyond is reported and left alone.
+const MAX_WORKLOADS: usize = 16_384;
+
+impl Controller {
+    pub(super) fn runtime(&mut self, event: RuntimeEvent) {
+        match event {
+            RuntimeEvent::Up { source } => {
+                self.source(source, SourceState::Up, None);
+                self.note(EventKind::SourceUp, format!("{source} answers"));
+            }
+            RuntimeEvent::Down { source, error } => {
+                self.note(EventKind::SourceDown, format!("{source} does not answer: {error}"));
+                self.source(source, SourceState::Down, Some(error));
+            }
+            RuntimeEvent::Snapshot { source, workloads } => self.snapshot(source, workloads),
+            RuntimeEvent::Started { workload, first } => {
+                let source = self.source_of(workload.subject.runtime);
+                self.seen(workload, source, first);
+            }
+            RuntimeEvent::Changed { workload } => {
+                let source = self.source_of(workload.subject.runtime);
+                self.seen(workload, source, FirstInstruction::Unknown);
+            }
+            RuntimeEvent::Stopped { id } => self.ended(&id),
+        }
+    }
+
+    /// Replaces all that the source told before: what it does not mention has ended.
+    fn snapshot(&mut self, source: SourceName, workloads: Vec<(Workload, FirstInstruction)>) {
+        let mentioned: BTreeSet<WorkloadId> =
+            workloads.iter().map(|(workload, _)| workload.id.clone()).collect();
+        let kind = self.sources.get(&source).map(|source| source.kind);
+        let gone: Vec<WorkloadId> = self
+            .workloads
+            .values()
+            .filter(|entry| match entry.source {
+                Some(told_by) => told_by == source,
+                None => Some(entry.workload.subject.runtime) == kind,
+            })
+            .map(|entry| entry.workload.id.clone())
+            .filter(|id| !mentioned.contains(id))
+            .collect();
+        for id in gone {
+            self.ended(&id);
+        }
+        for (workload, first) in workloads {
+            self.seen(workload, Some(source), first);
+        }
+    }
+
+    fn seen(&mut self, workload: Workload, source: Option<SourceName>, first: FirstInstruction) {
+        let id = workload.id.clone();
+        if !self.workloads.contains_key(&id) && self.workloads.len() >= MAX_WORKLOADS {
+            if !self.full {
+                self.full = true;
+                self.problem(
+                    "workload",
+                    format!("more than {MAX_WORKLOADS} workloads: {id} and others are left alone"),
+                );
+            }
+            return;
+        }
+        let known = self.workloads.contains_key(&id);
+        let entry =
+            self.workloads.entry(id.clone()).or_insert_with(|| Entry::new(workload.clone(), source, first));
+        let recreated = entry.workload.instance != workload.instance || !entry.present;
+        if recreated {
+            (entry.told_first, entry.wanted_at, entry.failure) = (first, Instant::now(), None);
+        }
+        (entry.workload, entry.source, entry.present) = (workload, source, true);
+        entry.held = self.held.contains(&id);
+        self.decide(&id);
+        let entry = &self.workloads[&id];
+        if (!known || recreated) && entry.plan.is_none() && self.policies.is_some() {
+            self.log(&id, EventKind::NotMatched, "no policy selects it");
+        }
+        self.reconcile(&id);
+    }
+
+    pub(super) fn ended(&mut self, id: &WorkloadId) {
+        let Some(entry) = self.workloads.get_mut(id) else { return };
+        if entry.present {
+            entry.present = false;
+            self.log(id, EventKind::WorkloadStopped, "the workload has ended");
+        }
+        self.reconcile(id);
+    }
+}
