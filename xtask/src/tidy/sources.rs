@@ -17,6 +17,7 @@ const UNSAFE: &[&str] = &[
     "agent/companion/src/launch/raw.rs",
     "agent/companion/src/relay/outq.rs",
     "agent/runtime/src/pidfd.rs",
+    "agent/daemon/src/memory.rs",
     // aya-build is configured by this process's environment.
     "agent/redirect/build.rs",
 ];
