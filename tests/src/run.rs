@@ -17,7 +17,12 @@ use nix::{
 use procfs::process::Process;
 use serde::Deserialize;
 
-use crate::{Machine, NetNs, Puppet, cgroup, programs, wait_for, wait_until};
+use crate::{
+    EchoServer, Machine, NetNs, Puppet, cgroup, programs,
+    puppet::{Answer, Domain},
+    wait_for, wait_until,
+};
+use pillion_redirect::{Counters, Dataplane, LoadOptions};
 
 /// Companions start and stop well within this.
 const SOON: Duration = Duration::from_secs(20);
@@ -35,6 +40,15 @@ pub struct PillionRun {
     /// The application.
     pub app: Puppet,
     stderr: File,
+}
+
+/// Which way a connection has taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// The server saw another socket than the application's.
+    Relayed,
+    /// The server saw the application's own socket.
+    Direct,
 }
 
 /// A connection as the relay tells it. Unknown fields and values are errors.
@@ -117,6 +131,15 @@ impl PillionRun {
         Ok(cgroup::cgroup2_mount()?.join(group(self.pid())?).join(part))
     }
 
+    /// What the kernel side has counted for this run.
+    pub fn counters(&self) -> Result<Counters> {
+        let started = Process::new(self.pid().try_into()?)?.stat()?.starttime;
+        let pins = format!("/sys/fs/bpf/pillion/run-{}-{started}", self.pid());
+        ensure!(Path::new(&pins).is_dir(), "no pins in {pins}");
+        // Opens the maps that are pinned there; its programs are attached to nothing.
+        Ok(Dataplane::load(&LoadOptions::new(pins))?.counters()?)
+    }
+
     /// The limit of a cgroup: the contents of `v1` in the hierarchy of `controller` where that is mounted by itself, else
     /// of `v2`.
     pub fn limit(&self, part: &str, controller: &str, v1: &str, v2: &str) -> Result<String> {
@@ -135,6 +158,26 @@ impl PillionRun {
         let status = self.app.dismiss(SOON)?;
         Ok((status, read(&self.stderr)?))
     }
+}
+
+/// A conversation of `app` with `server` at `address`, and the way it took.
+pub fn dial(app: &mut Puppet, server: &EchoServer, address: SocketAddr) -> Result<Answer<Way>> {
+    let socket = app.socket(Domain::of(address))??;
+    let seen = match app.connect(socket, address)? {
+        Ok(()) => {
+            let names = app.names(socket)??;
+            ensure!(names.peer == Some(address), "{address} is shown as {names:?}");
+            app.send(socket, "hello")??;
+            app.shutdown(socket)??;
+            let heard = app.receive_all(socket)?;
+            ensure!(heard == Ok("hello".to_owned()), "{address} answers {heard:?}");
+            let port = server.peers().last().map(SocketAddr::port);
+            Ok(if port == Some(names.local.port()) { Way::Direct } else { Way::Relayed })
+        }
+        Err(errno) => Err(errno),
+    };
+    app.close(socket)??;
+    Ok(seen)
 }
 
 /// The documented example `packaging/companions/NAME`, whose policy is returned. Its files are used as they are, but for where

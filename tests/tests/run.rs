@@ -14,9 +14,9 @@ use nix::{
     unistd::Pid,
 };
 use pillion_tests::{
-    EchoServer, Finished, Machine, NetNs, PillionRun, ProcessGuard, Puppet, on_machine, programs,
-    puppet::{Answer, Domain},
-    run, wait_until,
+    EchoServer, Finished, Machine, NetNs, PillionRun, ProcessGuard, on_machine, programs,
+    run::{self, Way, dial},
+    wait_until,
 };
 
 const SOON: Duration = Duration::from_secs(20);
@@ -62,30 +62,6 @@ fn exists(pid: u32) -> bool {
 
 fn slay(pid: u32) -> Result<()> {
     Ok(kill(Pid::from_raw(pid.try_into()?), Signal::SIGKILL)?)
-}
-
-/// Which way a connection has taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Relayed,
-    Direct,
-}
-
-/// A conversation, and whether the server saw the application's own socket.
-fn dial(app: &mut Puppet, server: &EchoServer) -> Result<Answer<Way>> {
-    let socket = app.socket(Domain::of(server.address()))??;
-    let seen = match app.connect(socket, server.address())? {
-        Ok(()) => {
-            let own = app.names(socket)??.local;
-            app.send(socket, "hello")??;
-            app.shutdown(socket)??;
-            assert_eq!(app.receive_all(socket)??, "hello");
-            Ok(if server.peers().last() == Some(&own) { Way::Direct } else { Way::Relayed })
-        }
-        Err(errno) => Err(errno),
-    };
-    app.close(socket)??;
-    Ok(seen)
 }
 
 #[test]
@@ -429,7 +405,11 @@ fn a_killed_relay_is_restarted_and_the_policy_holds_meanwhile() -> Result<()> {
             let mut run = PillionRun::start(&near, &relayed(machine, on_failure)?)?;
             let mut relayed = 0;
             for round in 0..2 {
-                assert_eq!(dial(&mut run.app, &server)?, Ok(Way::Relayed), "round {round}, {on_failure}");
+                assert_eq!(
+                    dial(&mut run.app, &server, server.address())?,
+                    Ok(Way::Relayed),
+                    "round {round}, {on_failure}"
+                );
                 relayed += 1;
                 // Records of what is over must not die with it.
                 run.wait_for_records(relayed)?;
@@ -441,11 +421,15 @@ fn a_killed_relay_is_restarted_and_the_policy_holds_meanwhile() -> Result<()> {
                     "open" => Ok(Way::Direct),
                     _ => Err(Errno::ECONNREFUSED),
                 };
-                assert_eq!(dial(&mut run.app, &server)?, expected, "round {round}, {on_failure}");
+                assert_eq!(
+                    dial(&mut run.app, &server, server.address())?,
+                    expected,
+                    "round {round}, {on_failure}"
+                );
                 // Until then it stays so.
                 let mut said = expected;
                 wait_until("another relay", SOON, || {
-                    said = dial(&mut run.app, &server).expect("the application is there");
+                    said = dial(&mut run.app, &server, server.address()).expect("the application is there");
                     said != expected
                 })?;
                 assert_eq!(said, Ok(Way::Relayed), "round {round}, {on_failure}");
