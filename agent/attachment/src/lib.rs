@@ -20,6 +20,7 @@ mod record;
 mod report;
 mod slot;
 mod state;
+mod sweep;
 mod telling;
 #[cfg(test)]
 mod testing;
@@ -31,6 +32,7 @@ pub use ports::{DEFAULT_INBOUND, DEFAULT_OUTBOUND, PortError, Resolved};
 pub use record::{BoxFuture, Ledger, Record, Witness};
 pub use report::{CompanionView, Happening, Report, View, Wish};
 pub use state::{InvalidTransition, State, Transition};
+pub use sweep::{Swept, sweep};
 
 /// An error with all its causes, in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {

@@ -5,9 +5,9 @@
 use std::{mem::ManuallyDrop, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use pillion_attachment::Node;
+use pillion_attachment::{Node, Swept, sweep};
 use pillion_companion::{Host, HostConfig, LogLine, cgroup::CgroupRoots};
-use pillion_redirect::{Dataplane, LoadOptions};
+use pillion_redirect::{Bpffs, Dataplane, LoadOptions};
 use pillion_runtime::{ContainerdConfig, ContainerdSource, SourceName};
 use pillion_workload::RuntimeKind;
 use prometheus_client::registry::Registry;
@@ -68,7 +68,8 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         .with_context(|| format!("cannot make {}", config.paths.run_dir.display()))?;
     make_directory(&config.paths.state_dir, 0o711)
         .with_context(|| format!("cannot make {}", config.paths.state_dir.display()))?;
-    let lock = AgentLock::take(&config.lock_file(), &config.paths.state_dir)?;
+    Bpffs::ensure(&config.paths.pin_root).context("`pillion check` says what is missing")?;
+    let lock = AgentLock::take(&config.lock_file(), &config.paths.state_dir, &config.paths.pin_root)?;
     let journal = Journal::open(&config.paths.state_dir).context("cannot open the journal")?;
     let loaded = journal.load().context("cannot read the journal")?;
     // Whatever can fail comes before anything is adopted.
@@ -88,6 +89,11 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     };
     let host = Host::new(host, log_lines).context("cannot run companions")?;
     let node = Arc::new(Node { host, dataplane: dataplane.clone() });
+    let swept = sweep(&node, &loaded.records).await;
+    if swept != Swept::default() {
+        let (attachments, companions, left) = (swept.attachments, swept.companions, swept.left.join("; "));
+        warn!(attachments, companions, left, "what no record tells of was taken back");
+    }
     tokio::spawn(log(lines));
 
     // Sources.

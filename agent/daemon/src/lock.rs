@@ -1,4 +1,4 @@
-//! One agent on a machine: flock(2) on a file in the run directory, and on the state directory itself.
+//! One agent on a machine: flock(2) on a file in the run directory, and on the state directory and the pin root themselves.
 //!
 //! The kernel gives a lock up when its holder ends, however it ends.
 
@@ -16,6 +16,7 @@ use nix::fcntl::{Flock, FlockArg};
 pub(crate) struct AgentLock {
     _run: Flock<File>,
     _state: Flock<File>,
+    _pins: Flock<File>,
 }
 
 /// Why the lock cannot be had.
@@ -44,8 +45,8 @@ fn by(holder: Option<&str>) -> String {
 }
 
 impl AgentLock {
-    /// Takes both locks: two agents must share neither the socket nor the journal.
-    pub(crate) fn take(lock_file: &Path, state_dir: &Path) -> Result<Self, LockError> {
+    /// Takes all locks: two agents must share neither the socket nor the journal nor what is in force in the kernel.
+    pub(crate) fn take(lock_file: &Path, state_dir: &Path, pin_root: &Path) -> Result<Self, LockError> {
         let at = |path: &Path| {
             let path = path.to_owned();
             |source| LockError::Io { path, source }
@@ -62,6 +63,7 @@ impl AgentLock {
             .map_err(at(lock_file))?;
         let mut run = lock(file, lock_file)?;
         let state = lock(File::open(state_dir).map_err(at(state_dir))?, state_dir)?;
+        let pins = lock(File::open(pin_root).map_err(at(pin_root))?, pin_root)?;
         // For the message of the one who comes second, nothing else.
         let write = |file: &mut File| {
             file.set_len(0)?;
@@ -69,7 +71,7 @@ impl AgentLock {
             writeln!(file, "{}", std::process::id())
         };
         write(&mut run).map_err(at(lock_file))?;
-        Ok(Self { _run: run, _state: state })
+        Ok(Self { _run: run, _state: state, _pins: pins })
     }
 }
 
@@ -105,15 +107,22 @@ mod tests {
     #[test]
     fn the_second_is_refused_and_told_who_is_first() {
         let directory = tempfile::tempdir().unwrap();
-        let (file, state) = (directory.path().join("agent.lock"), directory.path().join("state"));
-        make_directory(&state, 0o711).unwrap();
-        let first = AgentLock::take(&file, &state).unwrap();
-        let error = AgentLock::take(&file, &state).unwrap_err().to_string();
+        let [file, state, pins] = ["agent.lock", "state", "pins"].map(|name| directory.path().join(name));
+        let [other_state, other_pins] = ["state.2", "pins.2"].map(|name| directory.path().join(name));
+        for path in [&state, &pins, &other_state, &other_pins] {
+            make_directory(path, 0o711).unwrap();
+        }
+        let first = AgentLock::take(&file, &state, &pins).unwrap();
+        let error = AgentLock::take(&file, &state, &pins).unwrap_err().to_string();
         assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
-        // Another run directory does not help: the journal is locked, too.
+        // Another run directory does not help: the journal is locked, too, and so is what is pinned.
         let other = directory.path().join("other.lock");
-        assert!(matches!(AgentLock::take(&other, &state), Err(LockError::Held { .. })));
+        for (state, pins, held) in [(&state, &other_pins, &state), (&other_state, &pins, &pins)] {
+            let error = AgentLock::take(&other, state, pins).unwrap_err();
+            assert!(matches!(&error, LockError::Held { path, .. } if path == held), "{error}");
+        }
+        let _second = AgentLock::take(&other, &other_state, &other_pins).unwrap();
         drop(first);
-        AgentLock::take(&file, &state).unwrap();
+        AgentLock::take(&file, &state, &pins).unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! The loaded programs and the pinned maps of one agent, or of one `pillion run`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
@@ -167,8 +167,13 @@ impl Dataplane {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Holds a directory for each workload.
+    pub(crate) fn all_links(&self) -> PathBuf {
+        self.directory.join("links")
+    }
+
     pub(crate) fn links(&self, number: u32) -> PathBuf {
-        self.directory.join("links").join(number.to_string())
+        self.all_links().join(number.to_string())
     }
 
     pub(crate) fn program(&self, name: &'static str) -> Result<&ProgramFd, RedirectError> {
@@ -272,6 +277,36 @@ impl Maps {
             absent_is_fine(self.by_source.remove(&source), "PL_BY_SOURCE")?;
         }
         Ok(())
+    }
+
+    /// Forgets every workload but these.
+    pub(crate) fn keep_only(&mut self, known: &BTreeSet<u32>) -> Result<(), RedirectError> {
+        let strange = |workload: u32| !known.contains(&workload);
+        let ports: Vec<_> = self.ports.keys().flatten().filter(|key| strange(key.workload)).collect();
+        for key in ports {
+            self.include_port(key)?;
+        }
+        let networks: Vec<_> =
+            self.networks4.keys().flatten().filter(|key| strange(key.data().workload)).collect();
+        for key in networks {
+            absent_is_fine(self.networks4.remove(&key), "PL_NETS4")?;
+        }
+        let networks: Vec<_> =
+            self.networks6.keys().flatten().filter(|key| strange(key.data().workload)).collect();
+        for key in networks {
+            absent_is_fine(self.networks6.remove(&key), "PL_NETS6")?;
+        }
+        let ports: Vec<_> = self.inbound.keys().flatten().filter(|key| strange(key.workload)).collect();
+        for key in ports {
+            self.leave_port(key)?;
+        }
+        let listeners: Vec<_> = self.listeners.keys().flatten().filter(|key| strange(key.workload)).collect();
+        for key in listeners {
+            self.remove_listener(key)?;
+        }
+        let redirected = self.redirected.iter().flatten().map(|(_, connection)| connection.workload);
+        let gone: BTreeSet<u32> = redirected.filter(|workload| strange(*workload)).collect();
+        gone.into_iter().try_for_each(|workload| self.forget_connections(workload))
     }
 
     pub(crate) fn exclude_port(&mut self, key: PortKey) -> Result<(), RedirectError> {

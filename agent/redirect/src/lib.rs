@@ -25,6 +25,7 @@ mod ownership;
 mod probe;
 mod rules;
 mod steer;
+mod sweep;
 mod sys;
 
 pub use bpffs::{Bpffs, MOUNT_SOURCE};

@@ -218,11 +218,11 @@ pub(crate) enum User {
     Runs(Vec<i32>),
 }
 
-/// Takes the agent's locks if they can be had, on a file in the run directory and on the state directory; then looks
-/// for live `pillion run`s.
+/// Takes the agent's locks if they can be had, on a file in the run directory, the state directory and the pin root; then
+/// looks for live `pillion run`s.
 pub(crate) fn user(paths: &Paths) -> Result<User, InventoryError> {
     let mut locks = Vec::new();
-    for path in [paths.run_dir.join("agent.lock"), paths.state_dir.clone()] {
+    for path in [paths.run_dir.join("agent.lock"), paths.state_dir.clone(), paths.pin_root.clone()] {
         let file = match fs::OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&path)
         {
             Ok(file) => file,
