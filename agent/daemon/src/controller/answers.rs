@@ -59,8 +59,14 @@ impl Controller {
         if let Some(refused) = &self.refused {
             let kept =
                 if self.policies.is_some() { "those of before stay in force" } else { "none are in force" };
-            let first = refused.message.lines().next().unwrap_or_default();
-            problems.push(problem("policy", format!("the latest policies were refused, {kept}: {first}")));
+            let first = first_fault(&refused.message);
+            problems.push(problem(
+                "policy",
+                format!(
+                    "the latest policies were refused, {kept}: {first}; see: pillion validate {}",
+                    self.policy_dir.display()
+                ),
+            ));
         }
         for (name, source) in &self.sources {
             if source.state == SourceState::Down {
@@ -143,6 +149,16 @@ impl Controller {
     }
 }
 
+/// The first of the faults, with its place, in one line.
+fn first_fault(message: &str) -> String {
+    let mut lines = message.lines();
+    let what = lines.next().unwrap_or_default();
+    match lines.next().and_then(|line| line.trim_start().strip_prefix("--> ")) {
+        Some(place) => format!("{place}: {}", what.trim_start_matches("error: ")),
+        None => what.to_owned(),
+    }
+}
+
 impl From<&Reason> for ReasonInfo {
     fn from(reason: &Reason) -> Self {
         let (outcome, shadowed_by) = match &reason.verdict {
@@ -162,6 +178,22 @@ impl From<&Reason> for ReasonInfo {
             outcome,
             shadowed_by,
             fields: reason.fields.iter().map(field).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_fault_is_told_with_its_place() {
+        for (message, told) in [
+            ("error: `x` is no kind\n  --> /p/a.yaml:1:7\n  |\n1 | kind: x\n\nerror: more", "/p/a.yaml:1:7: `x` is no kind"),
+            ("/p/a.yaml: may be written by others\n/p/b.yaml: too", "/p/a.yaml: may be written by others"),
+            ("", ""),
+        ] {
+            assert_eq!(first_fault(message), told);
         }
     }
 }
