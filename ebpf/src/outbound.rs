@@ -23,8 +23,8 @@ use crate::{
     maps::{PL_NETS4, PL_NETS6, PL_PORTS, PL_REDIRECTED, PL_WORKLOADS, count},
     slots::{self, Taken},
     socket::{
-        IPPROTO_TCP, LOOPBACK4, MAPPED, ONE, SOCK_STREAM, TCP_CLOSE, TCP_SYN_SENT, cookie, is_local4,
-        is_local6, is_mapped, listening, read, socket_of, write,
+        IPPROTO_MPTCP, IPPROTO_TCP, LOOPBACK4, MAPPED, ONE, SOCK_STREAM, TCP_CLOSE, TCP_SYN_SENT, cookie,
+        is_local4, is_local6, is_mapped, listening, read, socket_of, write,
     },
 };
 
@@ -32,6 +32,7 @@ const PASS: i32 = 1;
 const DENY: i32 = 0;
 const ECONNREFUSED: i32 = 111;
 const EADDRNOTAVAIL: i32 = 99;
+const EPROTONOSUPPORT: i32 = 93;
 const SOL_SOCKET: i32 = 1;
 const SO_BINDTOIFINDEX: i32 = 62;
 
@@ -195,6 +196,19 @@ pub fn pl_release(ctx: SockContext) -> i32 {
     }
     let _ = PL_REDIRECTED.remove(cookie);
     PASS
+}
+
+/// socket(): there is no Multipath TCP within a redirected workload, as on a kernel without it (`EPROTONOSUPPORT`, upon
+/// which programs take TCP). Its subflows are the kernel's own sockets: they are never released by the application, so
+/// that what is kept for them would stay, and no name could be shown for them.
+#[cgroup_sock(sock_create)]
+pub fn pl_socket(ctx: SockContext) -> i32 {
+    if read!((*ctx.sock).protocol) != IPPROTO_MPTCP || PL_WORKLOADS.get().flags & flags::OUTBOUND == 0 {
+        return PASS;
+    }
+    // SAFETY: sets the result of the system call (Linux 5.18).
+    unsafe { bpf_set_retval(-EPROTONOSUPPORT) };
+    DENY
 }
 
 #[inline(always)]

@@ -120,7 +120,7 @@ fn free(slot: *mut Slot, id: u32, seen: u64) {
 pub enum Asked {
     /// The destination, the workload's number and the slot's tag; the slot is to be given back with [`answered`].
     Found(Destination, u32, u64),
-    /// The slot belongs to another connection by now.
+    /// The slot does not wait for this question: it was given back, or belongs to another connection by now.
     Stale,
 }
 
@@ -138,7 +138,8 @@ pub fn ask(address: pillion_common::SlotAddress, netns: u64) -> Asked {
         )
     };
     let after = atomic::load(tag_of(slot));
-    if tag::generation(before) != tag::generation(after)
+    if !tag::is_busy(before)
+        || tag::generation(before) != tag::generation(after)
         || !address.is_of(tag::generation(before))
         || owner != netns
         || destination.family == 0

@@ -10,6 +10,7 @@ use crate::maps::PL_LISTENERS;
 
 pub const SOCK_STREAM: u32 = 1;
 pub const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_MPTCP: u32 = 262;
 /// `TCP_SYN_SENT`, `TCP_CLOSE` and `TCP_LISTEN` of net/tcp_states.h.
 pub const TCP_SYN_SENT: u32 = 2;
 pub const TCP_CLOSE: u32 = 7;

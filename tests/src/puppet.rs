@@ -153,6 +153,8 @@ macro_rules! calls {
 calls! {
     /// A new TCP socket, blocking, with time limits of 10 s on connect, send and receive.
     socket(domain: Domain) -> Socket(Socket) = Request::Socket { domain };
+    /// A new socket of Multipath TCP over IPv4.
+    multipath_socket() -> Socket(Socket) = Request::MultipathSocket;
     /// `bind`. On a v6 socket a v4 address must be given as mapped.
     bind(socket: Socket, address: SocketAddr) -> Unit(()) = Request::Bind { socket, address };
     /// `SO_BINDTODEVICE`.

@@ -1,7 +1,13 @@
 //! The data plane on the real kernel, without agent and relay: an application and a companion, both puppets, in the same
 //! network namespace and in cgroups of their own.
 
-use std::{fs::File, net::SocketAddr, os::fd::AsFd as _, sync::Arc, time::Duration};
+use std::{
+    fs::{self, File},
+    net::SocketAddr,
+    os::fd::AsFd as _,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::errno::Errno;
@@ -306,6 +312,12 @@ fn other_ways_to_connect() -> Result<()> {
         let answer = stage.companion.original_destination(accepted, Domain::V4)?;
         assert_eq!(answer, Ok(address("192.0.2.3:80")));
         assert_eq!(stage.companion.receive(accepted)??, "early data");
+
+        // Multipath TCP is not to be had, as on a kernel without it; elsewhere it is.
+        assert_eq!(stage.app.multipath_socket()?.err(), Some(Errno::EPROTONOSUPPORT));
+        if fs::read_to_string("/proc/sys/net/mptcp/enabled").is_ok_and(|enabled| enabled.trim() == "1") {
+            stage.companion.multipath_socket()??;
+        }
 
         // The same socket again: to another destination, and then to one that is left alone.
         let again = stage.app.socket(Domain::V4)??;

@@ -7,9 +7,9 @@ use aya::{
     programs::{CgroupSock, CgroupSockAddr, CgroupSockopt, Program, ProgramFd, SkLookup},
 };
 use aya_obj::generated::bpf_attach_type::{
-    self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET_SOCK_RELEASE, BPF_CGROUP_INET4_CONNECT,
-    BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET4_GETSOCKNAME, BPF_CGROUP_INET6_CONNECT,
-    BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_INET6_GETSOCKNAME,
+    self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET_SOCK_CREATE, BPF_CGROUP_INET_SOCK_RELEASE,
+    BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET4_GETSOCKNAME,
+    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_INET6_GETSOCKNAME,
 };
 
 use crate::RedirectError;
@@ -29,12 +29,13 @@ const fn on(name: &'static str, attach_type: bpf_attach_type) -> CgroupProgram {
 
 /// On a workload's cgroup, in the order of attaching: what shows names before what redirects, and first a program that
 /// uses the configuration, because its storage is made by that.
-pub(crate) const WORKLOAD_PROGRAMS: [CgroupProgram; 7] = [
+pub(crate) const WORKLOAD_PROGRAMS: [CgroupProgram; 8] = [
     on("pl_name4", BPF_CGROUP_INET4_GETSOCKNAME),
     on("pl_name6", BPF_CGROUP_INET6_GETSOCKNAME),
     on("pl_peer4", BPF_CGROUP_INET4_GETPEERNAME),
     on("pl_peer6", BPF_CGROUP_INET6_GETPEERNAME),
     on("pl_release", BPF_CGROUP_INET_SOCK_RELEASE),
+    on("pl_socket", BPF_CGROUP_INET_SOCK_CREATE),
     on("pl_connect4", BPF_CGROUP_INET4_CONNECT),
     on("pl_connect6", BPF_CGROUP_INET6_CONNECT),
 ];

@@ -45,6 +45,7 @@ fn purpose(program: &str) -> &'static str {
         "pl_peer4" | "pl_peer6" | "pl_name4" | "pl_name6" => "applications see the addresses they asked for",
         "pl_original" => "companions learn original destinations",
         "pl_steer" => "inbound redirection",
+        "pl_socket" => "no Multipath TCP, which cannot be redirected faithfully",
         _ => "nothing leaks from connections that fail",
     }
 }

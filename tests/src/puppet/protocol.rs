@@ -32,6 +32,7 @@ impl Domain {
 pub enum Request {
     Ping,
     Socket { domain: Domain },
+    MultipathSocket,
     Bind { socket: Socket, address: SocketAddr },
     BindDevice { socket: Socket, device: String },
     V6Only { socket: Socket, on: bool },

@@ -59,6 +59,7 @@ impl Stage {
         match request {
             Request::Ping => {}
             Request::Socket { domain } => return Ok(self.keep(new_socket(domain)?)),
+            Request::MultipathSocket => return Ok(self.keep(multipath_socket()?)),
             Request::Bind { socket, address } => rustix::net::bind(self.get(socket)?, &address)?,
             Request::BindDevice { socket, device } => {
                 nix::sys::socket::setsockopt(
@@ -170,6 +171,16 @@ fn new_socket(domain: Domain) -> io::Result<OwnedFd> {
         Domain::V6 => AddressFamily::INET6,
     };
     let socket = rustix::net::socket(family, SocketType::STREAM, None)?;
+    limit(&socket)?;
+    Ok(socket)
+}
+
+/// `IPPROTO_MPTCP`.
+const MULTIPATH: u32 = 262;
+
+fn multipath_socket() -> io::Result<OwnedFd> {
+    let protocol = rustix::net::Protocol::from_raw(MULTIPATH.try_into().expect("not zero"));
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, Some(protocol))?;
     limit(&socket)?;
     Ok(socket)
 }

@@ -65,7 +65,7 @@ fn btf() -> Finding {
             CHECK,
             format!("no {BTF}"),
             format!(
-                "{error}; the eBPF programs keep state per socket, which the kernel allows only with type information"
+                "{error}; the eBPF object's maps are described by type information, which this kernel does not know"
             ),
             "use a kernel with CONFIG_DEBUG_INFO_BTF=y; the kernels of all current distributions have it",
         ),
