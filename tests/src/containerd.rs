@@ -226,7 +226,7 @@ impl Drop for Containerd {
 
 impl Container<'_> {
     /// The rest of `ctr run`'s arguments.
-    fn finish(&self, command: &mut Command) {
+    pub(crate) fn finish(&self, command: &mut Command) {
         command.args(["--snapshotter", "native"]);
         for (name, value) in self.labels {
             command.args(["--label", &format!("{name}={value}")]);
