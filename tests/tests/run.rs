@@ -49,8 +49,9 @@ fn with_extra(machine: &Machine, on_failure: &str, extra: &str) -> Result<PathBu
 }
 
 /// `pillion run` with a command line, to its end.
-fn finish(policy: &Path, options: &[&str], command: &[&str]) -> Result<Finished> {
-    ProcessGuard::finish("pillion run", run::command(policy, options)?.args(command), SOON)
+fn finish(netns: &NetNs, policy: &Path, options: &[&str], command: &[&str]) -> Result<Finished> {
+    let mut line = run::command(policy, options)?;
+    netns.run(|| ProcessGuard::finish("pillion run", line.args(command), SOON))
 }
 
 /// Whether any thread of it runs: the first one may be a zombie while others still hold the sockets.
@@ -67,6 +68,7 @@ fn slay(pid: u32) -> Result<()> {
 #[test]
 fn the_exit_code_is_the_commands() -> Result<()> {
     on_machine(|machine| {
+        let netns = NetNs::new()?;
         let plain = machine.file("plain", "no program")?;
         let plain = plain.to_str().context("UTF-8")?;
         for (command, code) in [
@@ -78,7 +80,7 @@ fn the_exit_code_is_the_commands() -> Result<()> {
             (&["pillion-no-such-program"], 127),
             (&[plain], 126),
         ] {
-            let done = finish(&smallest(), &[], command)?;
+            let done = finish(&netns, &smallest(), &[], command)?;
             assert_eq!(done.status.code(), Some(code), "{command:?}: {}", done.stderr);
             assert_eq!(done.stdout, "", "{command:?}");
         }
@@ -96,7 +98,8 @@ fn streams_pass_through_unchanged() -> Result<()> {
             cat "$0" | "$2" run --policy "$3" -- sh -c 'cat; echo said >&2' >"$1""#;
         let mut command = Command::new("sh");
         command.args(["-c", script]).args([&input, &output]).arg(programs::pillion()?).arg(smallest());
-        let done = ProcessGuard::finish("a pipeline", &mut command, SOON)?.success()?;
+        let netns = NetNs::new()?;
+        let done = netns.run(|| ProcessGuard::finish("a pipeline", &mut command, SOON))?.success()?;
         ensure!(fs::read(&input)? == fs::read(&output)?, "what went through is not what came");
         assert_eq!(done.stderr, "said\n");
         Ok(())
@@ -106,10 +109,11 @@ fn streams_pass_through_unchanged() -> Result<()> {
 #[test]
 fn signals_reach_the_command() -> Result<()> {
     on_machine(|_| {
+        let netns = NetNs::new()?;
         let script = "trap 'echo INT' INT; trap 'echo TERM' TERM; trap 'echo USR1' USR1; trap 'exit 5' USR2
             echo ready; while :; do sleep 0.02; done";
         let mut command = run::command(&smallest(), &[])?;
-        let mut process = ProcessGuard::spawn("pillion run", command.args(["sh", "-c", script]))?;
+        let mut process = ProcessGuard::spawn_in(&netns, "pillion run", command.args(["sh", "-c", script]))?;
         process.stdout_line(SOON, |line| line == "ready")?;
         for (signal, word) in [(Signal::SIGINT, "INT"), (Signal::SIGTERM, "TERM"), (Signal::SIGUSR1, "USR1")]
         {
@@ -122,8 +126,11 @@ fn signals_reach_the_command() -> Result<()> {
 
         // One that does not catch it dies of it, and all is taken away.
         let mut command = run::command(&smallest(), &[])?;
-        let mut process =
-            ProcessGuard::spawn("pillion run", command.args(["sh", "-c", "echo ready; exec sleep 99"]))?;
+        let mut process = ProcessGuard::spawn_in(
+            &netns,
+            "pillion run",
+            command.args(["sh", "-c", "echo ready; exec sleep 99"]),
+        )?;
         process.stdout_line(SOON, |line| line == "ready")?;
         let relay = run::companion(process.pid(), "r")?;
         process.stop(SOON)?.code(128 + 15)?;
@@ -135,21 +142,22 @@ fn signals_reach_the_command() -> Result<()> {
 #[test]
 fn a_policy_that_does_not_fit_is_an_error() -> Result<()> {
     on_machine(|machine| {
+        let netns = NetNs::new()?;
         let text = "spec:\n  select: { runtimes: [process], executables: [/usr/bin/other] }\n  \
                     companions: [{ name: r, builtin: relay }]\n  redirect: { outbound: [{ to: r }] }\n  \
                     onFailure: open\n";
         let other = machine.file("other.yaml", text)?;
-        let done = finish(&other, &[], &["echo", "ran"])?.code(1)?;
+        let done = finish(&netns, &other, &[], &["echo", "ran"])?.code(1)?;
         assert_eq!(done.stdout, "");
         for word in ["no policy selects", "echo", "executables", "/usr/bin/other", "--allow-unmatched"] {
             ensure!(done.stderr.contains(word), "{word} is not in: {}", done.stderr);
         }
-        let done = finish(&other, &["--allow-unmatched"], &["echo", "ran"])?.success()?;
+        let done = finish(&netns, &other, &["--allow-unmatched"], &["echo", "ran"])?.success()?;
         assert_eq!(done.stdout, "ran\n");
         ensure!(done.stderr.contains("runs without companions"), "{}", done.stderr);
 
         let invalid = machine.file("invalid.yaml", &text.replace("to: r", "to: nobody"))?;
-        let done = finish(&invalid, &[], &["echo", "ran"])?.code(3)?;
+        let done = finish(&netns, &invalid, &[], &["echo", "ran"])?.code(3)?;
         assert_eq!(done.stdout, "");
         ensure!(done.stderr.contains("invalid.yaml") && done.stderr.contains("nobody"), "{}", done.stderr);
         Ok(())
@@ -159,6 +167,7 @@ fn a_policy_that_does_not_fit_is_an_error() -> Result<()> {
 #[test]
 fn a_companion_that_cannot_start_is_decided_by_the_policy() -> Result<()> {
     on_machine(|machine| {
+        let netns = NetNs::new()?;
         let (busy, deaf) = ("[/bin/sleep, '99']", "[/usr/bin/false]");
         for (extra, why) in [
             ("    exec: { command: [/usr/bin/pillion-no-such-program] }".to_owned(), "no-such-program"),
@@ -187,12 +196,14 @@ fn a_companion_that_cannot_start_is_decided_by_the_policy() -> Result<()> {
                 "300ms",
             ),
         ] {
-            let done = finish(&with_extra(machine, "closed", &extra)?, &[], &["echo", "ran"])?.code(1)?;
+            let done =
+                finish(&netns, &with_extra(machine, "closed", &extra)?, &[], &["echo", "ran"])?.code(1)?;
             assert_eq!(done.stdout, "", "{extra}: {}", done.stderr);
             for word in ["was not started", "companion extra", why, "Pillion", "with-extra", "closed"] {
                 ensure!(done.stderr.contains(word), "{word} is not in: {}", done.stderr);
             }
-            let done = finish(&with_extra(machine, "open", &extra)?, &[], &["echo", "ran"])?.success()?;
+            let done =
+                finish(&netns, &with_extra(machine, "open", &extra)?, &[], &["echo", "ran"])?.success()?;
             assert_eq!(done.stdout, "ran\n");
             for word in ["companion extra", why, "with-extra", "open"] {
                 ensure!(done.stderr.contains(word), "{word} is not in: {}", done.stderr);
@@ -205,6 +216,7 @@ fn a_companion_that_cannot_start_is_decided_by_the_policy() -> Result<()> {
 #[test]
 fn the_command_waits_until_its_companions_are_ready() -> Result<()> {
     on_machine(|machine| {
+        let netns = NetNs::new()?;
         let sign = machine.directory().join("sign");
         let extra = format!(
             "    exec: {{ command: [/bin/sleep, '99'] }}\n    \
@@ -214,7 +226,7 @@ fn the_command_waits_until_its_companions_are_ready() -> Result<()> {
         let mut command = run::command(&with_extra(machine, "closed", &extra)?, &[])?;
         // It tells whether the sign was there at its first instruction.
         command.args(["sh", "-c", "test -e $0 && echo after || echo before"]).arg(&sign);
-        let mut process = ProcessGuard::spawn("pillion run", &mut command)?;
+        let mut process = ProcessGuard::spawn_in(&netns, "pillion run", &mut command)?;
         run::companion(process.pid(), "extra")?;
         assert_eq!(process.stdout()?, "");
         ensure!(!process.has_ended(), "{}", process.stderr()?);
@@ -224,7 +236,7 @@ fn the_command_waits_until_its_companions_are_ready() -> Result<()> {
 
         // A signal while it waits ends it, and the command never runs.
         fs::remove_file(&sign)?;
-        let mut process = ProcessGuard::spawn("pillion run", &mut command)?;
+        let mut process = ProcessGuard::spawn_in(&netns, "pillion run", &mut command)?;
         let extra = run::companion(process.pid(), "extra")?;
         process.signal(Signal::SIGTERM)?;
         assert_eq!(process.exit(SOON)?.code(), Some(128 + 15), "{}", process.stderr()?);
@@ -352,7 +364,7 @@ fn after_kill_9_nothing_runs_and_the_rest_is_swept() -> Result<()> {
                 ProcessGuard::finish("pillion cleanup", cleanup.args(["cleanup", "--yes"]), SOON)?
                     .success()?;
             } else {
-                finish(&smallest(), &[], &["true"])?.success()?;
+                finish(&near, &smallest(), &[], &["true"])?.success()?;
             }
             assert_eq!(files()?, Vec::<String>::new());
             ensure!(!workload.exists(), "{} is left", workload.display());
@@ -483,7 +495,7 @@ fn companions_are_confined_as_the_policy_says() -> Result<()> {
         // A limit is not only written down: this one needs more memory than it may have.
         let hog = "    exec: { command: [/usr/bin/tail, /dev/zero] }\n    resources: { memory: 16Mi }\n    \
                    ready: { tcp: { port: 9000 }, timeout: 20s }";
-        let done = finish(&with_extra(machine, "closed", hog)?, &[], &["echo", "ran"])?.code(1)?;
+        let done = finish(&near, &with_extra(machine, "closed", hog)?, &[], &["echo", "ran"])?.code(1)?;
         ensure!(done.stderr.contains("memory") && done.stdout.is_empty(), "{}", done.stderr);
         Ok(())
     })
