@@ -7,7 +7,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use pillion_workload::{CompanionName, FirstInstruction, PolicyName, WorkloadId};
 use tokio::sync::broadcast;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::api::{EventKind, EventRecord, Timestamp};
 
@@ -76,6 +76,35 @@ impl Entry {
     }
 }
 
+/// Whether somebody who only looks at warnings should see it.
+fn is_trouble(kind: EventKind) -> bool {
+    match kind {
+        EventKind::PolicyRefused
+        | EventKind::SourceDown
+        | EventKind::AttachFailed
+        | EventKind::Degraded
+        | EventKind::CompanionExited
+        | EventKind::DetachFailed
+        | EventKind::JournalFault => true,
+        EventKind::AgentStarted
+        | EventKind::AgentStopping
+        | EventKind::PolicyLoaded
+        | EventKind::SourceUp
+        | EventKind::NotMatched
+        | EventKind::Attaching
+        | EventKind::Attached
+        | EventKind::Adopted
+        | EventKind::Recovered
+        | EventKind::CompanionReady
+        | EventKind::PlanChanged
+        | EventKind::Detaching
+        | EventKind::Detached
+        | EventKind::Held
+        | EventKind::Released
+        | EventKind::WorkloadStopped => false,
+    }
+}
+
 impl EventLog {
     pub(crate) fn new() -> Self {
         let (followers, _) = broadcast::channel(FOLLOWER_LAG);
@@ -96,13 +125,16 @@ impl EventLog {
         });
         self.next += 1;
         let text = |value: Option<&str>| value.map(str::to_owned);
-        info!(
-            kind = ?record.kind,
-            workload = text(record.workload.as_ref().map(WorkloadId::as_str)),
-            companion = text(record.companion.as_ref().map(CompanionName::as_str)),
-            policy = text(record.policy.as_ref().map(PolicyName::as_str)),
-            "{}", record.message
+        let (workload, companion, policy) = (
+            text(record.workload.as_ref().map(WorkloadId::as_str)),
+            text(record.companion.as_ref().map(CompanionName::as_str)),
+            text(record.policy.as_ref().map(PolicyName::as_str)),
         );
+        if is_trouble(record.kind) {
+            warn!(kind = ?record.kind, workload, companion, policy, "{}", record.message);
+        } else {
+            info!(kind = ?record.kind, workload, companion, policy, "{}", record.message);
+        }
         if self.ring.len() == RING {
             self.ring.pop_front();
         }
