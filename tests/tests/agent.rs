@@ -281,6 +281,9 @@ fn a_bad_file_keeps_the_last_good_policies_and_is_told() -> Result<()> {
         }
         let events = agent.cli(&["events", "-o", "json"])?.success()?.stdout;
         ensure!(events.contains("policyRefused"), "{events}");
+        let log = agent.log()?;
+        let warned = log.lines().any(|line| line.contains("\"WARN\"") && line.contains("were refused"));
+        ensure!(warned, "a refusal is not a warning in {log}");
         ensure!(metric(&agent, "pillion_policy_reload_failures_total")? >= 5.0);
         // Two files, each of them good, that contradict each other.
         agent.policy("bad.yaml", &policy("good"))?;

@@ -210,7 +210,11 @@ fn a_dry_run_changes_nothing_and_names_everything() -> Result<()> {
         let before = Inventory::take()?;
         let done = attached.scene.agent.cleanup(&["--dry-run", "-o", "json"])?.success()?;
         before.expect_nothing_added(SOON)?;
-        assert_eq!(before.added_since(&Inventory::take()?), Vec::<String>::new(), "something was removed");
+        let gone = before.added_since(&Inventory::take()?);
+        ensure!(gone.iter().all(|line| line.starts_with("process:")), "something was removed: {gone:?}");
+        for pid in &attached.companions {
+            ensure!(PathBuf::from(format!("/proc/{pid}")).exists(), "a companion was ended");
+        }
 
         // What this inventory, which knows nothing of the product, has found since is what it would remove.
         let report: Value = serde_json::from_str(&done.stdout)?;
