@@ -7,9 +7,18 @@ use std::{
     io::{self, Read, Seek, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+
+/// See [`take_soon`].
+const PATIENCE: Duration = Duration::from_millis(500);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// Held as long as the agent runs.
 #[derive(Debug)]
@@ -75,10 +84,23 @@ impl AgentLock {
     }
 }
 
+/// Takes a lock, or gives the file back. A child that an agent was about to start when it was killed shares its locks until
+/// it runs its own program, which takes milliseconds: so a lock that is taken is tried for a little longer.
+pub(crate) fn take_soon(mut file: File) -> Result<Flock<File>, (File, Errno)> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Err((again, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = again,
+            outcome => return outcome,
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+}
+
 fn lock(file: File, path: &Path) -> Result<Flock<File>, LockError> {
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+    match take_soon(file) {
         Ok(lock) => Ok(lock),
-        Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
+        Err((file, Errno::EWOULDBLOCK)) => {
             Err(LockError::Held { path: path.to_owned(), holder: holder(file) })
         }
         Err((_, errno)) => Err(LockError::Io { path: path.to_owned(), source: errno.into() }),
@@ -121,7 +143,14 @@ mod tests {
             let error = AgentLock::take(&other, state, pins).unwrap_err();
             assert!(matches!(&error, LockError::Held { path, .. } if path == held), "{error}");
         }
+        // One that is given up in a moment is waited for.
+        let held = lock(File::open(&other_pins).unwrap(), &other_pins).unwrap();
+        let giver = thread::spawn(move || {
+            thread::sleep(PATIENCE / 10);
+            drop(held);
+        });
         let _second = AgentLock::take(&other, &other_state, &other_pins).unwrap();
+        giver.join().unwrap();
         drop(first);
         AgentLock::take(&file, &state, &pins).unwrap();
     }

@@ -15,14 +15,14 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{Flock, FlockArg, OFlag},
+    fcntl::{Flock, OFlag},
 };
 use pillion_runtime::start_time;
 use pillion_workload::{Pid, StartTime};
 use procfs::process::{MountInfo, Process};
 use serde::{Serialize, Serializer};
 
-use crate::config::Paths;
+use crate::{config::Paths, lock::take_soon};
 
 /// Kinds of things, in the order in which they are shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -229,7 +229,7 @@ pub(crate) fn user(paths: &Paths) -> Result<User, InventoryError> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(InventoryError::at("who holds", &path)(error)),
         };
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        match take_soon(file) {
             Ok(lock) => locks.push(lock),
             Err((file, Errno::EWOULDBLOCK)) => {
                 let text = io::read_to_string(io::Read::take(file, 64)).unwrap_or_default();
