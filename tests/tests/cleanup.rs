@@ -224,7 +224,11 @@ fn a_dry_run_changes_nothing_and_names_everything() -> Result<()> {
             .filter_map(|item| Some(format!("{}: {}", item["kind"].as_str()?, item["name"].as_str()?)))
             .collect();
         let number = |line: &str| line.split(' ').take(2).collect::<Vec<_>>().join(" ");
-        for added in before.added_since(&attached.before) {
+        let ours = |line: &String| match line.strip_prefix("process: ") {
+            Some(process) => attached.companions.iter().any(|pid| process.starts_with(&format!("{pid} "))),
+            None => true,
+        };
+        for added in before.added_since(&attached.before).into_iter().filter(ours) {
             // Directories of pins, and cgroups, whose kind is their hierarchy here.
             let path = added.split_once(": ").context("kind: what")?.1;
             let found = named.contains(&added)
