@@ -37,7 +37,11 @@ const RESERVED: &[(&str, &[&str], &str)] = &[
         "agent/redirect is the only crate of the agent that talks to eBPF",
     ),
     ("aya-ebpf", &["pillion-ebpf"], "it is for programs in the kernel"),
-    ("containerd-client", &["pillion-runtime"], "agent/runtime is the only crate that talks to runtimes"),
+    (
+        "containerd-client",
+        &["pillion-runtime", "pillion-tests"],
+        "agent/runtime is the only crate of the agent that talks to runtimes",
+    ),
     ("anyhow", &["pillion", "pillion-redirect", "pillion-tests", "xtask"], "libraries have typed errors"),
 ];
 
