@@ -59,12 +59,12 @@ impl View for Report<'_> {
 
 /// `pillion validate`.
 pub(crate) fn main(args: &ValidateArgs) -> anyhow::Result<ExitCode> {
-    let files = read(&args.paths)?;
-    match pillion_policy::parse(&files) {
+    let input = read(&args.paths)?;
+    match input.parse() {
         Ok(set) => {
             let policies: Vec<Summary<'_>> = set.policies().iter().map(summary).collect();
             if policies.is_empty() {
-                note(format_args!("there is no policy in {}", count(files.len(), "file")));
+                note(format_args!("there is no policy in {}", count(input.files.len(), "file")));
             }
             let report = Report { valid: true, policies, faults: &[], omitted: 0 };
             render::print(&report, args.output.format)?;
@@ -94,41 +94,77 @@ fn summary(policy: &pillion_policy::Policy) -> Summary<'_> {
 
 /// Reads and parses; faults are printed, and then there is an exit code instead of policies.
 pub(crate) fn load(paths: &[PathBuf]) -> anyhow::Result<Result<PolicySet, ExitCode>> {
-    Ok(pillion_policy::parse(&read(paths)?).map_err(|faults| {
+    Ok(read(paths)?.parse().map_err(|faults| {
         note(&faults);
         ExitCode::from(INVALID)
     }))
 }
 
+/// What was read: the parser takes only text, so that a file which is none has its fault already.
+#[derive(Debug, Default)]
+struct Input {
+    files: Vec<SourceFile>,
+    faults: Vec<Fault>,
+}
+
+impl Input {
+    fn parse(&self) -> Result<PolicySet, Faults> {
+        match pillion_policy::parse(&self.files) {
+            Ok(set) if self.faults.is_empty() => Ok(set),
+            result => {
+                let Faults { faults, omitted } = result.err().unwrap_or_default();
+                Err(Faults { faults: self.faults.iter().cloned().chain(faults).collect(), omitted })
+            }
+        }
+    }
+
+    fn add(&mut self, path: PathBuf, reader: impl io::Read) -> anyhow::Result<()> {
+        match bytes_of(reader, &path).map(decode)? {
+            Ok(text) => self.files.push(SourceFile { path, text }),
+            Err(line) => self.faults.push(Fault {
+                path,
+                line,
+                column: 1,
+                message: "not UTF-8".to_owned(),
+                cure: "save the file in that encoding".to_owned(),
+                snippet: String::new(),
+                note: None,
+            }),
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> usize {
+        self.files.len() + self.faults.len()
+    }
+}
+
 /// The named files, the policy files in named directories (not in directories below them), and stdin for `-`.
-fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<SourceFile>> {
-    let mut files = Vec::new();
+fn read(paths: &[PathBuf]) -> anyhow::Result<Input> {
+    let mut input = Input::default();
     let mut stdin_was_read = false;
     for path in paths {
         if path.as_os_str() == "-" {
             if std::mem::replace(&mut stdin_was_read, true) {
                 bail!("- (stdin) can be read only once");
             }
-            files.push(SourceFile {
-                path: "<stdin>".into(),
-                text: text_of(io::stdin().lock(), Path::new("stdin"))?,
-            });
+            input.add("<stdin>".into(), io::stdin().lock())?;
         } else if path.is_dir() {
             let found = policy_files_in(path)?;
             if found.is_empty() {
                 note(format_args!("there is no *.yaml or *.yml in {}", path.display()));
             }
             for path in found {
-                files.push(read_file(path)?);
+                read_file(&mut input, path)?;
             }
         } else {
-            files.push(read_file(path.clone())?);
+            read_file(&mut input, path.clone())?;
         }
-        if files.len() > MAX_FILES {
+        if input.len() > MAX_FILES {
             bail!("more than {MAX_FILES} files");
         }
     }
-    Ok(files)
+    Ok(input)
 }
 
 fn policy_files_in(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
@@ -144,26 +180,36 @@ fn policy_files_in(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn read_file(path: PathBuf) -> anyhow::Result<SourceFile> {
+fn read_file(input: &mut Input, path: PathBuf) -> anyhow::Result<()> {
     let file = fs::File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(SourceFile { text: text_of(file, &path)?, path })
+    input.add(path, file)
 }
 
 /// The text of a file or pipe, up to a little more than a policy file may have: the parser says that it is too much.
 pub(crate) fn text_of(reader: impl io::Read, path: &Path) -> anyhow::Result<String> {
+    decode(bytes_of(reader, path)?).map_err(|line| {
+        anyhow::anyhow!("{}:{line}: not UTF-8: save the file in that encoding", path.display())
+    })
+}
+
+fn bytes_of(reader: impl io::Read, path: &Path) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     reader
         .take(MAX_FILE_BYTES as u64 + 1)
         .read_to_end(&mut bytes)
         .with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(bytes)
+}
+
+/// The text, or the line where it is not UTF-8.
+fn decode(bytes: Vec<u8>) -> Result<String, usize> {
     if bytes.len() > MAX_FILE_BYTES {
         // Cut within a character, the error would be about that.
         return Ok(String::from_utf8_lossy(&bytes).into_owned());
     }
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        let line = error.as_bytes()[..at].split(|&byte| byte == b'\n').count();
-        anyhow::anyhow!("{}:{line}: not UTF-8: save the file in that encoding", path.display())
+        error.as_bytes()[..at].split(|&byte| byte == b'\n').count()
     })
 }
 
@@ -178,6 +224,18 @@ mod tests {
     }
 
     #[test]
+    fn bad_encoding_does_not_hide_the_faults_of_other_files() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("a.yaml"), b"spec: \xff\n").unwrap();
+        fs::write(directory.path().join("b.yaml"), "spec: 1\n").unwrap();
+        let faults = read(&[directory.path().to_owned()]).unwrap().parse().unwrap_err();
+        let names: Vec<_> =
+            faults.iter().map(|fault| fault.path.file_name().unwrap().to_string_lossy()).collect();
+        assert_eq!(names, ["a.yaml", "b.yaml"]);
+        assert_eq!((faults.faults[0].line, faults.faults[0].message.as_str()), (1, "not UTF-8"));
+    }
+
+    #[test]
     fn directories_give_their_policy_files_in_order() {
         let directory = tempfile::tempdir().unwrap();
         for name in ["b.yaml", "a.yml", ".hidden.yaml", "notes.txt"] {
@@ -187,7 +245,7 @@ mod tests {
         fs::write(directory.path().join("below/c.yaml"), "").unwrap();
         let found = read(&[directory.path().to_owned()]).unwrap();
         let names: Vec<_> =
-            found.iter().map(|file| file.path.file_name().unwrap().to_string_lossy()).collect();
+            found.files.iter().map(|file| file.path.file_name().unwrap().to_string_lossy()).collect();
         assert_eq!(names, ["a.yml", "b.yaml"]);
         assert!(read(&[directory.path().join("absent.yaml")]).is_err());
     }
