@@ -237,7 +237,10 @@ fn target(
     if let Some(companion) = companions.iter().find(|companion| companion.name.value.as_str() == name) {
         return Some(At { at: to.at, value: Target { companion: companion.name.value.clone(), port } });
     }
-    let names: Vec<&str> = companions.iter().map(|companion| companion.name.value.as_str()).collect();
+    let mut names: Vec<&str> = companions.iter().map(|companion| companion.name.value.as_str()).collect();
+    // A name that is given twice is a fault of its own.
+    let mut told = BTreeSet::new();
+    names.retain(|name| told.insert(*name));
     let cure = match (nearest_name(name, companions), &names[..]) {
         (Some(near), _) => format!("did you mean {}?", quoted(near)),
         (None, []) => format!("add a companion named {}", quoted(name)),
