@@ -139,8 +139,11 @@ impl Controller {
                 if self.policies.as_ref() != Some(&policies) {
                     self.generation += 1;
                     self.loaded_at = Some(Timestamp::now());
-                    let count = policies.policies().len();
-                    self.note(EventKind::PolicyLoaded, format!("{count} policies are in force"));
+                    let message = match policies.policies().len() {
+                        1 => "1 policy is in force".to_owned(),
+                        count => format!("{count} policies are in force"),
+                    };
+                    self.note(EventKind::PolicyLoaded, message);
                     self.policies = Some(policies);
                     self.prepare_inbound();
                     for id in self.workloads.keys().cloned().collect::<Vec<_>>() {
