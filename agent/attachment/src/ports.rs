@@ -82,13 +82,16 @@ pub(crate) fn resolve(
 ) -> Result<Resolved, PortError> {
     let mut resolved = Resolved { redirect: plan.redirect.clone(), ..Resolved::default() };
     let mut spoken_for = named_ports(plan);
+    let probed = probed_ports(plan);
     let mut allocate = |companion: &CompanionName, preferred: u16, kept: Option<u16>| {
+        // A port that its own probe asks is the companion's to listen on, and nobody else's.
+        let may_have = |port: &u16| {
+            !spoken_for.contains(port) && probed.get(port).is_none_or(|owner| *owner == companion)
+        };
         let port = kept
-            .filter(|port| !spoken_for.contains(port))
+            .filter(may_have)
             .or_else(|| {
-                std::iter::once(preferred)
-                    .chain(FALLBACKS)
-                    .find(|port| !spoken_for.contains(port) && claim(*port))
+                std::iter::once(preferred).chain(FALLBACKS).find(|port| may_have(port) && claim(*port))
             })
             .ok_or_else(|| PortError::NoneFree { companion: companion.clone(), preferred })?;
         spoken_for.insert(port);
@@ -133,15 +136,19 @@ pub(crate) fn resolve(
 fn named_ports(plan: &Plan) -> BTreeSet<u16> {
     let redirect = &plan.redirect;
     let targets = redirect.outbound.iter().map(|rule| &rule.to).chain(redirect.inbound.iter().map(|r| &r.to));
-    let probes = plan.companions.iter().filter_map(|spec| match &spec.ready.probe {
-        Some(Probe::Tcp { port } | Probe::Http { port, .. }) => Some(*port),
-        Some(Probe::Exec { .. }) | None => None,
-    });
     targets
         .filter_map(|target| target.port)
         .chain(redirect.inbound.iter().flat_map(|rule| rule.ports.iter().copied()))
-        .chain(probes)
         .collect()
+}
+
+/// Ports that readiness probes ask, with whose they are.
+fn probed_ports(plan: &Plan) -> BTreeMap<u16, &CompanionName> {
+    let probed = plan.companions.iter().filter_map(|spec| match &spec.ready.probe {
+        Some(Probe::Tcp { port } | Probe::Http { port, .. }) => Some((*port, &spec.name)),
+        Some(Probe::Exec { .. }) | None => None,
+    });
+    probed.collect()
 }
 
 fn kept_outbound(previous: Option<&Resolved>, companion: &CompanionName) -> Option<u16> {
@@ -212,6 +219,17 @@ mod tests {
         assert_eq!((ports.outbound, ports.inbound), (Some(15001), Some(81)));
         assert_eq!(ports.listening, BTreeSet::from([81, 15001, 15006]));
         assert_eq!(resolved.allocated, BTreeSet::from([15001, 15006]));
+    }
+
+    #[test]
+    fn a_probed_port_is_for_its_own_companion() {
+        for (owner, wanted) in [(0, 15001), (1, 15100)] {
+            let mut plan = plan(&["a", "b"]);
+            plan.companions[owner].ready.probe = Some(Probe::Tcp { port: DEFAULT_OUTBOUND });
+            plan.redirect.outbound = Some(outbound(target("a")));
+            let resolved = resolve(&plan, None, |_| true).unwrap();
+            assert_eq!(resolved.redirect.outbound.unwrap().to.port, Some(wanted));
+        }
     }
 
     #[test]

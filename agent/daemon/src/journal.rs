@@ -260,7 +260,7 @@ mod tests {
             },
         });
         let plan = serde_json::json!({
-            "policy": "p", "companions": [], "redirect": { "outbound": null, "inbound": [] }, "on_failure": "open",
+            "policy": "p", "companions": [], "redirect": { "outbound": null, "inbound": [] }, "onFailure": "open",
         });
         Record {
             workload: serde_json::from_value(workload).unwrap(),

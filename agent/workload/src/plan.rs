@@ -10,6 +10,7 @@ use crate::{CompanionName, PolicyName};
 /// Everything that must be in force before the workload may run. Made by the policy crate, always consistent:
 /// every [`Target`] names a companion of the same plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Plan {
     /// The policy that won.
     pub policy: PolicyName,
@@ -33,6 +34,7 @@ pub enum FailureMode {
 
 /// A companion process to start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct CompanionSpec {
     /// Unique within the plan.
     pub name: CompanionName,
@@ -60,6 +62,7 @@ pub enum CompanionKind {
 
 /// A program of the host. `{{ name }}` variables in `command` and in the templates' text are replaced at start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct ExecSpec {
     /// Absolute path of the program, then its arguments.
     pub command: Vec<String>,
@@ -69,6 +72,7 @@ pub struct ExecSpec {
 
 /// User and group, by name or by number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct UserSpec {
     /// User name or uid.
     pub user: String,
@@ -78,6 +82,7 @@ pub struct UserSpec {
 
 /// When a companion counts as ready.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Readiness {
     /// What is asked. Without one, every redirected port must accept a TCP connection.
     pub probe: Option<Probe>,
@@ -110,6 +115,7 @@ pub enum Probe {
 
 /// Limits; what is absent is not limited.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Resources {
     /// Bytes.
     pub memory: Option<u64>,
@@ -121,6 +127,7 @@ pub struct Resources {
 
 /// Which sockets of the workload go to which companion.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct RedirectSpec {
     /// Connections that the workload makes.
     pub outbound: Option<OutboundRule>,
@@ -130,6 +137,7 @@ pub struct RedirectSpec {
 
 /// All TCP connections that the workload makes, less the exclusions; never loopback destinations.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct OutboundRule {
     /// Where they go.
     pub to: Target,
@@ -139,6 +147,7 @@ pub struct OutboundRule {
 
 /// Destinations that are left alone.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Exclusions {
     /// Destination ports.
     pub ports: BTreeSet<u16>,
@@ -148,6 +157,7 @@ pub struct Exclusions {
 
 /// Connections from outside the network namespace to `ports`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct InboundRule {
     /// The ports that the application listens on.
     pub ports: BTreeSet<u16>,
@@ -157,6 +167,7 @@ pub struct InboundRule {
 
 /// A companion and its listening port, written `name:port` or `name`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Target {
     /// A companion of the same plan.
     pub companion: CompanionName,

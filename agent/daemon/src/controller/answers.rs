@@ -189,7 +189,10 @@ mod tests {
     #[test]
     fn the_first_fault_is_told_with_its_place() {
         for (message, told) in [
-            ("error: `x` is no kind\n  --> /p/a.yaml:1:7\n  |\n1 | kind: x\n\nerror: more", "/p/a.yaml:1:7: `x` is no kind"),
+            (
+                "error: `x` is no kind\n  --> /p/a.yaml:1:7\n  |\n1 | kind: x\n\nerror: more",
+                "/p/a.yaml:1:7: `x` is no kind",
+            ),
             ("/p/a.yaml: may be written by others\n/p/b.yaml: too", "/p/a.yaml: may be written by others"),
             ("", ""),
         ] {
