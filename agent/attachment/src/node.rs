@@ -238,7 +238,14 @@ impl Machinery for Node {
     }
 
     fn adopt_redirect(&self, record: &RedirectRecord, netns: &OwnedFd) -> Result<RedirectGuard, Fault> {
-        self.dataplane.adopt(record, netns.as_fd()).map_err(|error| Fault::of(&error))
+        self.dataplane.adopt(record, netns.as_fd()).map_err(|error| {
+            let fault = Fault::of(&error);
+            // It is attached anew: beside what is left of it, each connection would be redirected twice.
+            match self.dataplane.discard(record) {
+                Ok(()) => fault,
+                Err(error) => Fault(format!("{fault}; and it cannot be removed: {}", Fault::of(&error))),
+            }
+        })
     }
 
     fn redirect_record(&self, guard: &RedirectGuard) -> RedirectRecord {
