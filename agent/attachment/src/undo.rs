@@ -23,6 +23,7 @@ const STOP_MARGIN: Duration = Duration::from_secs(20);
 /// A companion that has not asked by then is not going to.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 const DRAIN_LOOK: Duration = Duration::from_millis(20);
+const ABORT_LOOK: Duration = Duration::from_millis(5);
 
 impl<M: Machinery> Driver<M> {
     pub(crate) async fn take_back(&mut self) {
@@ -111,7 +112,14 @@ impl<M: Machinery> Driver<M> {
             Stage::Up(companion) => companion,
             Stage::Starting(task) => {
                 task.abort();
-                return None;
+                // What it made has the names of what may be started next: it must be gone before that is.
+                let ended = async {
+                    while !task.is_finished() {
+                        sleep(ABORT_LOOK).await;
+                    }
+                };
+                let ended = timeout(STOP_MARGIN, ended).await;
+                return ended.err().map(|_| Fault(format!("its start did not end within {STOP_MARGIN:?}")));
             }
             Stage::Idle | Stage::Waiting(_) => return None,
         };
