@@ -123,13 +123,19 @@ impl<M: Machinery> Driver<M> {
             // Before anything that would outlive us: what cannot be recorded could never be taken back.
             let saved = self.ledger.save(self.record()).await;
             saved.map_err(|error| Fault(format!("cannot write the journal: {error}")))?;
-            if self.plan.on_failure == FailureMode::Closed {
-                // A companion may take seconds: until it is ready, nothing may pass.
-                self.put_in_force(Vec::new()).await?;
-                self.save().await;
-            }
         }
+        self.close_first().await?;
         self.report(Happening::Started).await;
+        Ok(())
+    }
+
+    /// A companion may take seconds: until it is ready, nothing may pass where the plan is closed. Does nothing where
+    /// redirection is in force already.
+    async fn close_first(&mut self) -> Result<(), Fault> {
+        if self.plan.on_failure == FailureMode::Closed && self.kept.guard.is_none() {
+            self.put_in_force(Vec::new()).await?;
+            self.save().await;
+        }
         Ok(())
     }
 
@@ -166,7 +172,7 @@ impl<M: Machinery> Driver<M> {
                 Wish::Attached(plan) if plan == self.plan => self.kept.refused = None,
                 Wish::Attached(plan) if self.kept.refused.as_ref().is_some_and(|it| it.stands(&plan)) => {}
                 Wish::Attached(plan) => {
-                    self.replan(plan).await;
+                    self.replan(plan).await?;
                     continue;
                 }
                 Wish::Detached => return Ok(End::TakeBack),
@@ -269,7 +275,7 @@ impl<M: Machinery> Driver<M> {
 
     /// Puts another plan in force. First the rules, so that nothing is sent to a companion that is leaving; then the
     /// companions that are gone or changed are stopped; new ones are started by [`Self::advance`].
-    async fn replan(&mut self, plan: Arc<Plan>) {
+    async fn replan(&mut self, plan: Arc<Plan>) -> Result<(), Fault> {
         let previous = self.kept.resolved.clone();
         let settled = self.machinery.settle(self.netns.clone(), plan.clone(), previous).await;
         let updated = settled.and_then(|settled| {
@@ -278,10 +284,16 @@ impl<M: Machinery> Driver<M> {
         });
         let Settled { resolved, claims, sources } = match updated {
             Ok(settled) => settled,
-            Err(Fault(reason)) => return self.keep_plan(plan, reason).await,
+            Err(Fault(reason)) => {
+                self.keep_plan(plan, reason).await;
+                return Ok(());
+            }
         };
         self.kept.refused = None;
         let before = mem::replace(&mut self.plan, plan);
+        self.kept.sources = sources;
+        self.kept.resolved = Some(resolved.clone());
+        self.close_first().await?;
         let mut old = mem::take(&mut self.kept.slots);
         let mut slots = slots_of(&self.plan, &resolved);
         for slot in &mut slots {
@@ -295,16 +307,15 @@ impl<M: Machinery> Driver<M> {
             self.stop(slot).await;
         }
         self.kept.slots = slots;
-        self.kept.sources = sources;
         self.kept.claims.join(claims);
         self.kept.claims.keep_only(&resolved);
-        self.kept.resolved = Some(resolved);
         self.save().await;
         info!(workload = %self.workload.id, policy = %self.plan.policy, before = %before.policy, "plan changed");
         // A refused transition is impossible here: missing companions are recomputed in the same state.
         if self.refresh().is_ok() {
             self.report(Happening::Replanned).await;
         }
+        Ok(())
     }
 
     fn update(&mut self, resolved: &Resolved, sources: Sources, mode: FailureMode) -> Result<(), Fault> {

@@ -4,7 +4,10 @@ use std::{
     collections::BTreeMap,
     io,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -40,6 +43,8 @@ struct Diary {
     /// How many starts of this companion fail.
     failing_starts: Mutex<BTreeMap<String, u32>>,
     failing: Mutex<Vec<&'static str>>,
+    /// Whether starts take a while; the end of one that is given up is noted.
+    slow_starts: AtomicBool,
     /// Connections that companions have not asked for: one less at each look.
     waiting: Mutex<usize>,
     /// Through which the tests speak as companions.
@@ -49,6 +54,17 @@ struct Diary {
 struct Fake {
     name: CompanionName,
     news: News,
+}
+
+/// A start under way. Dropped, it was given up.
+struct Unfinished<'a>(&'a Diary, &'a CompanionName);
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        // Removing what was made takes a while.
+        std::thread::sleep(Duration::from_millis(50));
+        self.0.note(format!("given up {}", self.1));
+    }
 }
 
 impl Diary {
@@ -106,6 +122,11 @@ impl Machinery for Diary {
     async fn start(&self, launch: LaunchOf) -> Result<(Fake, String), Fault> {
         let name = launch.spec.name;
         self.note(format!("start {name}"));
+        if self.slow_starts.load(Ordering::Relaxed) {
+            let unfinished = Unfinished(self, &name);
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            std::mem::forget(unfinished);
+        }
         let failing = {
             let mut failing = self.failing_starts.lock().unwrap();
             let left = failing.entry(name.to_string()).or_default();
@@ -513,4 +534,46 @@ async fn what_an_earlier_agent_only_intended_is_done_anew() {
     let mut test = Test::begin(&diary, two(), Some(record));
     test.until(|happening| *happening == Happening::Attached).await;
     assert_eq!(diary.take(), ["start a", "start b", "redirect to [a b]"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_closed_plan_whose_redirection_was_lost_is_closed_before_companions_are_waited_for() {
+    let closed = Plan { on_failure: FailureMode::Closed, ..two() };
+    let diary = Arc::new(Diary::default());
+    let mut test = Test::begin(&diary, closed.clone(), None);
+    test.until(|happening| *happening == Happening::Attached).await;
+    let record = test.record().unwrap();
+    test.wish.send(Wish::Left).unwrap();
+    test.task.await.unwrap();
+    // Killed before it was recorded; recorded, but not to be adopted.
+    for (guard, failing, done) in [
+        (None, "", &["redirect to []"][..]),
+        (record.guard.clone(), "adopt redirect", &["adopt redirect", "redirect to []"][..]),
+    ] {
+        let diary = Arc::new(Diary::default()).fail(failing);
+        let record = Record { guard, ..record.clone() };
+        let mut next = Test::begin(&diary, closed.clone(), Some(record));
+        next.until(|happening| *happening == Happening::Started).await;
+        let happened = diary.take();
+        assert_eq!(happened.into_iter().filter(|step| step.contains("redirect")).collect::<Vec<_>>(), done);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plan_that_becomes_closed_while_companions_start_is_closed_at_once() {
+    let diary = Arc::new(Diary::default());
+    diary.slow_starts.store(true, Ordering::Relaxed);
+    let mut test = Test::begin(&diary, two(), None);
+    test.until(|happening| *happening == Happening::Started).await;
+    while diary.take().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let mut closed = Plan { on_failure: FailureMode::Closed, ..two() };
+    closed.companions[0].stop_grace = Duration::from_secs(1);
+    test.wish.send(Wish::Attached(Arc::new(closed))).unwrap();
+    test.until(|happening| *happening == Happening::Attached).await;
+    // The start that was given up has ended before the next one of the same name begins.
+    let wanted =
+        ["redirect to []", "disconnect a", "given up a", "start a", "connect a", "start b", "connect b"];
+    assert_eq!(diary.take(), wanted);
 }
