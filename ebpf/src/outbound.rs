@@ -92,7 +92,7 @@ pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
     if !carry(ctx, &mut state, config, netns, false) {
         return fail(ctx, config, false, EADDRNOTAVAIL);
     }
-    if !commit(ctx, &state, netns) {
+    if !commit(ctx, &state, netns, false) {
         return fail(ctx, config, false, EADDRNOTAVAIL);
     }
     write!((*ctx).user_ip4, LOOPBACK4);
@@ -163,7 +163,7 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     } else if !carried && by4 && has_port && (bound_any || is_mapped(&bound)) {
         carried = carry_by_source(&state, netns);
     }
-    if !carried || !commit(ctx, &state, netns) {
+    if !carried || !commit(ctx, &state, netns, true) {
         return fail(ctx, config, true, refused);
     }
     write!((*ctx).user_ip6[0], 0);
@@ -335,10 +335,14 @@ fn bind_to(ctx: *mut bpf_sock_addr, address: [u32; 4], port_be: u16, v6: bool) -
 
 /// Records what the application is to see, and frees the socket from its interface: the companion is on loopback.
 #[inline(always)]
-fn commit(ctx: *mut bpf_sock_addr, state: &Redirected, netns: u64) -> bool {
+fn commit(ctx: *mut bpf_sock_addr, state: &Redirected, netns: u64, v6: bool) -> bool {
     if PL_REDIRECTED.insert(cookie(ctx), state, 0).is_err() {
         count(Counter::SlotsExhausted);
         slots::abandon(state, netns);
+        // Passed on, it would go out from a loopback address. What an earlier connect has left, `pass` undoes.
+        if state.flags & Redirected::REBOUND != 0 {
+            unbind(ctx, state.bound, v6);
+        }
         return false;
     }
     if state.interface != 0 {
@@ -365,14 +369,20 @@ fn pass(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
         let (flags, bound, interface) = (previous.flags, previous.bound, previous.interface);
         let _ = PL_REDIRECTED.remove(cookie);
         if flags & Redirected::REBOUND != 0 {
-            let bound4 = bound[1] | bound[2] | bound[3] == 0 && bound[0] != 0;
-            bind_to(ctx, if v6 && bound4 { [0, 0, MAPPED, bound[0]] } else { bound }, 0, v6);
+            unbind(ctx, bound, v6);
         }
         if interface != 0 {
             bind_to_interface(ctx, interface);
         }
     }
     PASS
+}
+
+/// Binds the socket to what the application had bound it to.
+#[inline(always)]
+fn unbind(ctx: *mut bpf_sock_addr, bound: [u32; 4], v6: bool) {
+    let bound4 = bound[1] | bound[2] | bound[3] == 0 && bound[0] != 0;
+    bind_to(ctx, if v6 && bound4 { [0, 0, MAPPED, bound[0]] } else { bound }, 0, v6);
 }
 
 /// The failure mode: passes on, or refuses with `errno`.
