@@ -305,7 +305,9 @@ impl Maps {
             self.remove_listener(key)?;
         }
         let redirected = self.redirected.iter().flatten().map(|(_, connection)| connection.workload);
-        let gone: BTreeSet<u32> = redirected.filter(|workload| strange(*workload)).collect();
+        // A companion keeps answers longer than the application its socket.
+        let kept = self.by_source.iter().flatten().map(|(_, answer)| answer.workload);
+        let gone: BTreeSet<u32> = redirected.chain(kept).filter(|workload| strange(*workload)).collect();
         gone.into_iter().try_for_each(|workload| self.forget_connections(workload))
     }
 
