@@ -26,7 +26,7 @@ use crate::{cgroup, netns::listening_sockets, process};
 pub(crate) struct Look {
     /// The companion's, on the ports that were asked for.
     pub(crate) listeners: Vec<Listener>,
-    /// Ports on which the companion does not listen.
+    /// Ports on which the companion does not listen for IPv4.
     pub(crate) missing: BTreeSet<u16>,
     /// Those of the missing ports on which somebody else does.
     pub(crate) foreign: BTreeSet<u16>,
@@ -41,8 +41,8 @@ pub(crate) fn look(ports: &BTreeSet<u16>, cgroup: &Path, deadline: Instant) -> i
         .map(|socket| (socket.inode, socket.port))
         .collect();
     let mut listeners = Vec::new();
+    let mut inodes: BTreeSet<u64> = wanted.iter().map(|(inode, _)| *inode).collect();
     if !wanted.is_empty() {
-        let mut inodes: BTreeSet<u64> = wanted.iter().map(|(inode, _)| *inode).collect();
         for pid in cgroup::pids_in(cgroup)? {
             if inodes.is_empty() || Instant::now() >= deadline {
                 break;
@@ -51,9 +51,16 @@ pub(crate) fn look(ports: &BTreeSet<u16>, cgroup: &Path, deadline: Instant) -> i
             let _ = take(pid, cgroup, &mut inodes, &mut listeners, deadline);
         }
     }
-    let found: BTreeSet<u16> = listeners.iter().map(|listener: &Listener| listener.port).collect();
+    // IPv6 alone is not enough: connections of both families are sent to a listener for IPv4 (v4-mapped), and one for
+    // IPv6 beside it serves only sockets that cannot take that way.
+    let found: BTreeSet<u16> = listeners
+        .iter()
+        .filter(|listener: &&Listener| listener.family != Family::V6)
+        .map(|listener| listener.port)
+        .collect();
     let missing: BTreeSet<u16> = ports.difference(&found).copied().collect();
-    let foreign = wanted.iter().map(|(_, port)| *port).filter(|port| missing.contains(port)).collect();
+    let of_others = |(inode, port): &(u64, u16)| inodes.contains(inode).then_some(*port);
+    let foreign = wanted.iter().filter_map(of_others).filter(|port| missing.contains(port)).collect();
     Ok(Look { listeners, missing, foreign })
 }
 

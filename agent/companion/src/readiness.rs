@@ -91,14 +91,19 @@ impl Candidate<'_> {
                 let look = self.look(deadline).await?;
                 foreign_looks = if look.foreign.is_empty() { 0 } else { foreign_looks + 1 };
                 match (look.missing.first(), look.foreign.first()) {
-                    (None, _) => return Ok(self.token(look)),
+                    // A look is not one moment: sockets of a port that were made during it may be missed. A second one
+                    // sees them, as the relay's for IPv6, which it makes right after that for IPv4.
+                    (None, _) => {
+                        let again = self.look(deadline).await?;
+                        return Ok(self.token(if again.missing.is_empty() { again } else { look }));
+                    }
                     (_, Some(port)) if foreign_looks >= FOREIGN_LOOKS => {
                         return Err(CompanionError::PortTaken { port: *port });
                     }
                     (Some(_), _) => {
                         let ports: Vec<_> = look.missing.iter().map(u16::to_string).collect();
                         format!(
-                            "it does not listen on port {} of loopback or of all addresses",
+                            "it does not listen for IPv4 on port {} of loopback or of all addresses",
                             ports.join(", ")
                         )
                     }

@@ -64,6 +64,7 @@ pub(crate) struct Maps {
     workloads: Map,
     companions: Map,
     slots: Array<MapData, Slot>,
+    fresh: Array<MapData, u64>,
     by_source: HashMap<MapData, BySourceKey, BySource>,
     redirected: HashMap<MapData, u64, Redirected>,
     ports: HashMap<MapData, PortKey, ExcludedPort>,
@@ -136,10 +137,7 @@ impl Dataplane {
                 maps.counters.get(&(counter as u32), 0).map_err(RedirectError::map("PL_COUNTERS"))?;
             counters.set(counter, values.iter().sum());
         }
-        for slot in maps.slots.iter() {
-            let slot = slot.map_err(RedirectError::map("PL_SLOTS"))?;
-            counters.slots_busy += u64::from(tag::is_busy(slot.tag));
-        }
+        maps.for_each_busy_slot(|_| counters.slots_busy += 1)?;
         counters.by_source = maps.by_source.keys().count() as u64;
         counters.connections = maps.redirected.keys().count() as u64;
         Ok(counters)
@@ -219,6 +217,7 @@ impl Maps {
             workloads: plain("PL_WORKLOADS")?,
             companions: plain("PL_COMPANIONS")?,
             slots: typed(object, "PL_SLOTS")?,
+            fresh: typed(object, "PL_FRESH")?,
             by_source: typed(object, "PL_BY_SOURCE")?,
             redirected: typed(object, "PL_REDIRECTED")?,
             ports: typed(object, "PL_PORTS")?,
@@ -249,11 +248,21 @@ impl Maps {
     /// How many connections of a workload wait for their companion's question.
     pub(crate) fn waiting(&self, workload: u32) -> Result<usize, RedirectError> {
         let mut waiting = 0;
-        for slot in self.slots.iter() {
-            let slot = slot.map_err(RedirectError::map("PL_SLOTS"))?;
-            waiting += usize::from(slot.workload == workload && tag::is_busy(slot.tag));
-        }
+        self.for_each_busy_slot(|slot| waiting += usize::from(slot.workload == workload))?;
         Ok(waiting)
+    }
+
+    /// Looks only at slots that were ever taken: a lookup is a system call.
+    fn for_each_busy_slot(&self, mut visit: impl FnMut(&Slot)) -> Result<(), RedirectError> {
+        let taken = self.fresh.get(&0, 0).map_err(RedirectError::map("PL_FRESH"))?;
+        let ever = u32::try_from(taken).unwrap_or(u32::MAX).min(self.slots.len());
+        for number in 0..ever {
+            let slot = self.slots.get(&number, 0).map_err(RedirectError::map("PL_SLOTS"))?;
+            if tag::is_busy(slot.tag) {
+                visit(&slot);
+            }
+        }
+        Ok(())
     }
 
     /// Forgets the connections of a workload whose programs are detached and will not do it.
