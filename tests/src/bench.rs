@@ -44,7 +44,7 @@ const ROWS: [Row; 5] = [
     Row { kind: Kind::Connection, v6: true, batch: 250 },
     Row { kind: Kind::Message64, v6: false, batch: 400 },
     Row { kind: Kind::Message16K, v6: false, batch: 200 },
-    Row { kind: Kind::Stream, v6: false, batch: 48 },
+    Row { kind: Kind::Stream, v6: false, batch: 6 },
 ];
 
 /// The program: measures, or is one of the peers.

@@ -21,6 +21,8 @@ use super::Kind;
 const ECHO: u8 = b'e';
 const STREAM: u8 = b's';
 const MIB: usize = 1 << 20;
+/// A stream's sample: enough that it does not matter where the scheduler switches between sender and receiver.
+const MIBS_PER_SAMPLE: usize = 16;
 const WAIT: Duration = Duration::from_secs(20);
 
 /// What the measuring process is told.
@@ -146,14 +148,15 @@ fn stream(order: &Order) -> io::Result<Vec<u64>> {
     let mut stream = dial(order.destination, STREAM)?;
     stream.set_read_timeout(Some(WAIT))?;
     let chunk = vec![7; 64 * 1024];
+    let mut acknowledged = [0; MIBS_PER_SAMPLE];
     let mut samples = Vec::new();
     for _ in 0..order.batch {
         let begun = Instant::now();
-        for _ in 0..MIB / chunk.len() {
+        for _ in 0..MIBS_PER_SAMPLE * MIB / chunk.len() {
             stream.write_all(&chunk)?;
         }
-        stream.read_exact(&mut [0])?;
-        samples.push(nanoseconds(begun));
+        stream.read_exact(&mut acknowledged)?;
+        samples.push(nanoseconds(begun) / MIBS_PER_SAMPLE as u64);
     }
     Ok(samples)
 }
