@@ -10,6 +10,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
 use tempfile::TempDir;
 
 use crate::Inventory;
@@ -25,8 +29,6 @@ const SETTLE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Machine {
     directory: TempDir,
-    /// Held for the test's time; released by the kernel when closed, however the process ends.
-    _lock: File,
 }
 
 impl Machine {
@@ -50,18 +52,19 @@ pub fn on_machine(test: impl FnOnce(&Machine) -> Result<()>) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("this test changes the machine and needs root; run it with: cargo xtask test");
     }
-    let lock = lock()?;
+    // Held for the test's time, to its very last act; released by the kernel when closed, however the process ends.
+    let _lock = lock()?;
     let _watchdog = Watchdog::start();
+    let _bpffs = Bpffs::as_after_boot()?;
     let before = Inventory::take().context("inventory before the test")?;
     let directory = tempfile::Builder::new()
         .prefix("pillion-test-")
         .permissions(fs::Permissions::from_mode(0o755))
         .tempdir()
         .context("the test's own directory")?;
-    let machine = Machine { directory, _lock: lock };
+    let machine = Machine { directory };
     let outcome = test(&machine);
-    let Machine { directory, _lock } = machine;
-    directory.close().context("cannot remove the test's own directory")?;
+    machine.directory.close().context("cannot remove the test's own directory")?;
     // What a failed test left behind is only noise beside its error.
     outcome?;
     before.expect_nothing_added(SETTLE)
@@ -78,6 +81,34 @@ fn lock() -> Result<File> {
                 thread::sleep(Duration::from_millis(100));
             }
             Err(error) => bail!("cannot have the machine alone ({}): {error}", path.display()),
+        }
+    }
+}
+
+/// The BPF file system, which systemd mounts at boot and a machine without systemd lacks. Taken back afterwards.
+struct Bpffs {
+    mounted: bool,
+}
+
+impl Bpffs {
+    const POINT: &str = "/sys/fs/bpf";
+
+    fn as_after_boot() -> Result<Self> {
+        let is = statfs(Self::POINT).context("this kernel has no /sys/fs/bpf")?;
+        let mounted = is.filesystem_type() != BPF_FS_MAGIC;
+        if mounted {
+            mount(Some("bpf"), Self::POINT, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+                .context("cannot mount the BPF file system")?;
+        }
+        Ok(Self { mounted })
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        if self.mounted {
+            // Busy when a failed test has left something pinned, which its error or the inventory has told of.
+            let _ = umount2(Self::POINT, MntFlags::MNT_DETACH);
         }
     }
 }
