@@ -19,30 +19,32 @@ const DEPTH: usize = 1;
 impl Dataplane {
     /// Ends every attachment whose number is not in `known`, and forgets what maps hold for such numbers, which are given
     /// out again. Returns how many attachments there were. To be called before anything is attached or adopted.
+    /// Goes on after an error, because each one left in force does harm of its own, and returns the first.
     pub fn sweep(&self, known: &BTreeSet<u32>) -> Result<usize, RedirectError> {
-        let mut ended = 0;
+        let (mut ended, mut outcome) = (0, Ok(()));
         for path in entries(&self.all_links())? {
             let number = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
             if number.is_some_and(|number: u32| known.contains(&number)) {
                 continue;
             }
-            end(&path, DEPTH)?;
+            outcome = outcome.and(end(&path, DEPTH));
             ended += 1;
         }
-        self.maps().keep_only(known)?;
-        Ok(ended)
+        outcome.and(self.maps().keep_only(known)).map(|()| ended)
     }
 }
 
 fn end(directory: &Path, depth: usize) -> Result<(), RedirectError> {
+    let mut outcome = Ok(());
     for path in entries(directory)? {
-        if path.is_dir() && depth > 0 {
-            end(&path, depth - 1)?;
+        outcome = outcome.and(if path.is_dir() && depth > 0 {
+            end(&path, depth - 1)
         } else {
-            Link::adopt(&path)?.detach()?;
-        }
+            Link::adopt(&path).and_then(Link::detach)
+        });
     }
-    remove_if_there(fs::remove_dir(directory)).map_err(RedirectError::sys("cannot remove", directory))
+    let removed = remove_if_there(fs::remove_dir(directory));
+    outcome.and(removed.map_err(RedirectError::sys("cannot remove", directory)))
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>, RedirectError> {
