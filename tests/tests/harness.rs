@@ -109,8 +109,10 @@ fn processes_end_with_their_guards() -> Result<()> {
         let done = sleeper.stop(SOON)?.code(3)?;
         assert_eq!((done.stdout.as_str(), done.stderr.as_str()), ("begun\n", "asked\n"));
 
-        let stubborn =
-            ProcessGuard::spawn("a stubborn one", Command::new("sh").args(["-c", "trap '' TERM; sleep 99"]))?;
+        // One process, not a shell with a child that would outlive it.
+        let deaf = "trap '' TERM; echo deaf; exec sleep 99";
+        let mut stubborn = ProcessGuard::spawn("a stubborn one", Command::new("sh").args(["-c", deaf]))?;
+        stubborn.stdout_line(SOON, |line| line == "deaf")?;
         let pid = stubborn.pid();
         drop(stubborn);
         ensure!(!fs::exists(format!("/proc/{pid}"))?, "{pid} is still there");
