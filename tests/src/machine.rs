@@ -16,7 +16,7 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use crate::Inventory;
+use crate::{Inventory, lab};
 
 /// Other suites may be running; longer than any of them takes.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(20 * 60);
@@ -56,6 +56,7 @@ pub fn on_machine(test: impl FnOnce(&Machine) -> Result<()>) -> Result<()> {
     let _lock = lock()?;
     let _watchdog = Watchdog::start();
     let _bpffs = Bpffs::as_after_boot()?;
+    lab::prepare()?;
     let before = Inventory::take().context("inventory before the test")?;
     let directory = tempfile::Builder::new()
         .prefix("pillion-test-")

@@ -21,6 +21,13 @@ pub fn pillion() -> Result<PathBuf> {
     beside("pillion").context("build it with: cargo build -p pillion")
 }
 
+/// The hook and runtime wrapper, built beside `pillion`.
+pub fn hook() -> Result<PathBuf> {
+    let path = pillion()?.with_file_name("pillion-hook");
+    ensure!(path.is_file(), "no {}; build it with: cargo build -p pillion-hook", path.display());
+    Ok(path)
+}
+
 /// This crate's helper program, see [`crate::puppet`].
 pub fn puppet() -> Result<PathBuf> {
     beside("pillion-puppet").context("build it with: cargo build -p pillion-tests")

@@ -17,7 +17,16 @@ use crate::{
 };
 
 const FIELDS: [&str; 7] = ["runtimes", "namespaces", "labels", "images", "units", "executables", "names"];
-const LATER_RUNTIMES: [&str; 7] = ["cri", "crio", "cri-o", "docker", "nri", "podman", "systemd"];
+/// What others call a runtime, and what it is here.
+const ALIASES: [(&str, RuntimeKind); 7] = [
+    ("cri", RuntimeKind::Containerd),
+    ("nri", RuntimeKind::Containerd),
+    ("kubernetes", RuntimeKind::Containerd),
+    ("k8s", RuntimeKind::Containerd),
+    ("cri-o", RuntimeKind::Crio),
+    ("moby", RuntimeKind::Docker),
+    ("libpod", RuntimeKind::Podman),
+];
 
 /// A validated selector. An empty field was not given; at least one is not empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -216,20 +225,11 @@ fn runtime(item: &At<String>, report: &mut Report<'_>) -> Option<RuntimeKind> {
     }
     let known = RuntimeKind::ALL.map(RuntimeKind::as_str);
     let name = item.value.to_lowercase();
-    let (message, cure) = if LATER_RUNTIMES.contains(&name.as_str()) {
-        (
-            format!("runtime {} is not supported in this version", quoted(&item.value)),
-            format!("use {}", any_of(&known)),
-        )
-    } else {
-        (
-            format!("unknown runtime {}", quoted(&item.value)),
-            nearest(&name, known).map_or_else(
-                || format!("use {}", any_of(&known)),
-                |near| format!("did you mean {}?", quoted(near)),
-            ),
-        )
-    };
+    let alias = ALIASES.iter().find(|(alias, _)| *alias == name).map(|(_, kind)| kind.as_str());
+    let message = format!("unknown runtime {}", quoted(&item.value));
+    let cure = alias
+        .or_else(|| nearest(&name, known))
+        .map_or_else(|| format!("use {}", any_of(&known)), |near| format!("did you mean {}?", quoted(near)));
     report.fault(&item.at, message, cure);
     None
 }

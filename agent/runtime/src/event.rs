@@ -14,6 +14,14 @@ pub struct SourceName(&'static str);
 impl SourceName {
     /// The source that watches one containerd.
     pub const CONTAINERD: Self = Self("containerd");
+    /// The source that watches one Docker Engine.
+    pub const DOCKER: Self = Self("docker");
+    /// The source that watches Podman.
+    pub const PODMAN: Self = Self("podman");
+    /// The source that watches one systemd.
+    pub const SYSTEMD: Self = Self("systemd");
+    /// The source that watches processes of the host at their exec.
+    pub const PROCESS: Self = Self("process");
 
     /// The name as text.
     pub fn as_str(self) -> &'static str {

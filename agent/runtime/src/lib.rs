@@ -10,6 +10,7 @@ mod cgroup2;
 mod containerd;
 mod event;
 mod exits;
+mod gate;
 mod instance;
 mod inventory;
 mod pidfd;
@@ -20,5 +21,6 @@ pub use containerd::{
     ContainerdConfig, ContainerdSource, FirstInstructionProbe, VersionError, containerd_version,
 };
 pub use event::{RuntimeEvent, SourceName};
+pub use gate::{Admission, Gatekeeper, Hold, Undecided};
 pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
 pub use process::{ProcessWorkloadError, process_workload, resolve_program};

@@ -130,21 +130,34 @@ impl fmt::Display for NetnsId {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RuntimeKind {
-    /// Started by `pillion run`.
+    /// Started by `pillion run`, or a process of the host that is held at its exec.
     Process,
-    /// A container of containerd, in any of its namespaces.
+    /// A container of containerd, in any of its namespaces, or a Kubernetes pod that it runs.
     Containerd,
+    /// A container of Docker Engine.
+    Docker,
+    /// A container of Podman.
+    Podman,
+    /// A container of CRI-O.
+    Crio,
+    /// A unit of systemd.
+    Systemd,
 }
 
 impl RuntimeKind {
     /// All kinds, in the order in which they are shown.
-    pub const ALL: [Self; 2] = [Self::Process, Self::Containerd];
+    pub const ALL: [Self; 6] =
+        [Self::Process, Self::Containerd, Self::Docker, Self::Podman, Self::Crio, Self::Systemd];
 
     /// The name used in policies and output.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Process => "process",
             Self::Containerd => "containerd",
+            Self::Docker => "docker",
+            Self::Podman => "podman",
+            Self::Crio => "crio",
+            Self::Systemd => "systemd",
         }
     }
 }

@@ -2,11 +2,13 @@
 //!
 //! Owns ids, descriptions, plans and the token of a ready companion. Never does IO, never decides.
 
+mod gate;
 mod id;
 mod plan;
 mod ready;
 mod subject;
 
+pub use gate::Gate;
 pub use id::{
     CgroupId, CompanionName, InvalidName, NetnsId, Pid, PolicyName, ProcessId, RuntimeKind, StartTime,
     UnknownRuntime, WorkloadId,

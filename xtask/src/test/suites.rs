@@ -31,8 +31,10 @@ pub(super) struct Selection {
 /// As for the unit tests, so that nothing is compiled a second time with other features.
 pub(super) const WHOLE: Selection = Selection { suites: WORKSPACE, programs: WORKSPACE };
 /// No more than the suites and the programs that they drive.
-pub(super) const ALONE: Selection =
-    Selection { suites: &["--package", TESTS], programs: &["--package", "pillion", "--package", TESTS] };
+pub(super) const ALONE: Selection = Selection {
+    suites: &["--package", TESTS],
+    programs: &["--package", "pillion", "--package", "pillion-hook", "--package", TESTS],
+};
 
 /// Runs the suites that are `wanted`.
 pub(super) fn run(selection: &Selection, wanted: impl Fn(&str) -> bool, tally: &mut Tally) -> Result<()> {

@@ -29,12 +29,7 @@ fn the_texts_are_those_on_record() {
 #[test]
 fn one_slip_is_one_fault() {
     for (spec, place, message, cure) in [
-        (
-            "select: { runtimes: [podman] }",
-            (4, 73),
-            "not supported in this version",
-            "`process` or `containerd`",
-        ),
+        ("select: { runtimes: [nri] }", (4, 73), "unknown runtime", "did you mean `containerd`?"),
         ("select: { runtimes: process }", (4, 72), "must be a list", "[process]"),
         ("select: { labels: {} }", (4, 70), "is empty", "add a label"),
         ("select: { labels: { a: true } }", (4, 75), "must be a text, found `true`", "\"true\""),
