@@ -530,6 +530,7 @@ async fn what_an_earlier_agent_only_intended_is_done_anew() {
         companions: Vec::new(),
         guard: None,
         first_instruction: None,
+        gate: None,
     };
     let mut test = Test::begin(&diary, two(), Some(record));
     test.until(|happening| *happening == Happening::Attached).await;

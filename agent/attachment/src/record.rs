@@ -6,7 +6,7 @@ use std::{future::Future, io, pin::Pin};
 
 use pillion_companion::CompanionRecord;
 use pillion_redirect::RedirectRecord;
-use pillion_workload::{FirstInstruction, Plan, RedirectSpec, Workload, WorkloadId};
+use pillion_workload::{FirstInstruction, Gate, Plan, RedirectSpec, Workload, WorkloadId};
 use serde::{Deserialize, Serialize};
 
 use crate::ports::Resolved;
@@ -28,6 +28,9 @@ pub struct Record {
     pub guard: Option<RedirectRecord>,
     /// Whether redirection was in force before the first instruction; absent before it is in force.
     pub first_instruction: Option<FirstInstruction>,
+    /// Which gate has held the workload; absent when none has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate: Option<Gate>,
 }
 
 impl Record {
@@ -56,4 +59,9 @@ pub trait Witness: Send + Sync + 'static {
 
     /// What follows for an attach from a look just before and one just after it.
     fn judge(&self, before: FirstInstruction, after: FirstInstruction) -> FirstInstruction;
+
+    /// Which gate holds it, or has held it.
+    fn gate(&self) -> Option<Gate> {
+        None
+    }
 }

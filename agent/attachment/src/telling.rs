@@ -24,6 +24,7 @@ impl<M: Machinery> Driver<M> {
             companions: self.kept.slots.iter().filter_map(companion).collect(),
             guard: self.kept.guard.as_ref().map(|guard| self.machinery.redirect_record(guard)),
             first_instruction: self.kept.first_instruction,
+            gate: self.witness.gate(),
         }
     }
 

@@ -8,7 +8,7 @@ use anyhow::Context;
 use pillion_attachment::{Node, Swept, sweep};
 use pillion_companion::{Host, HostConfig, LogLine, cgroup::CgroupRoots};
 use pillion_redirect::{Bpffs, Dataplane, LoadOptions};
-use pillion_runtime::{ContainerdConfig, ContainerdSource, SourceName};
+use pillion_runtime::{ContainerdConfig, ContainerdSource, Gatekeeper, SourceName};
 use pillion_workload::RuntimeKind;
 use prometheus_client::registry::Registry;
 use tokio::{
@@ -107,6 +107,9 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         witness = Some(probe);
     }
 
+    // Gates.
+    let (_gatekeeper, holds) = Gatekeeper::new();
+
     // Policies.
     let (loads, load_requests) = mpsc::channel(4);
     let (policy_loads, policies) = mpsc::channel(1);
@@ -132,7 +135,8 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         policy_dir: config.policy_dir.clone(),
         pin_root: config.paths.pin_root.clone(),
     };
-    let beginning = Beginning { sources, runtime, policies, requests: requests_in, stop: stop.clone() };
+    let beginning =
+        Beginning { sources, runtime, holds, policies, requests: requests_in, stop: stop.clone() };
     let controller = tokio::spawn(Controller::begin_with(parts, beginning, loaded).run());
 
     // Servers.

@@ -24,7 +24,7 @@ use std::{
 };
 
 use pillion_workload::{
-    CompanionName, FailureMode, FirstInstruction, Instance, Plan, PolicyName, RuntimeKind, Subject,
+    CompanionName, FailureMode, FirstInstruction, Gate, Instance, Plan, PolicyName, RuntimeKind, Subject,
     WorkloadId,
 };
 use serde::{Deserialize, Serialize};
@@ -193,26 +193,32 @@ pub(crate) enum Verdict {
     Detaching,
     /// Kept detached by `pillion detach` until `pillion attach`.
     Held,
+    /// A gate has not let it run, as `onFailure: closed` says: `reason` says why. It is about to end.
+    Refused,
+    /// A policy selects it, but redirection cannot reach it: `reason` says why.
+    CannotAttach,
     /// No policy selects it.
     NotMatched,
 }
 
 impl Verdict {
     /// All verdicts, in the order in which they are shown.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Attached,
         Self::Attaching,
         Self::Degraded,
         Self::Failed,
         Self::Detaching,
         Self::Held,
+        Self::Refused,
+        Self::CannotAttach,
         Self::NotMatched,
     ];
 
     /// Whether it needs somebody's attention.
     pub(crate) fn is_problem(self) -> bool {
         match self {
-            Self::Degraded | Self::Failed => true,
+            Self::Degraded | Self::Failed | Self::Refused | Self::CannotAttach => true,
             Self::Attached | Self::Attaching | Self::Detaching | Self::Held | Self::NotMatched => false,
         }
     }
@@ -226,6 +232,8 @@ impl Verdict {
             Self::Failed => "failed",
             Self::Detaching => "detaching",
             Self::Held => "held",
+            Self::Refused => "refused",
+            Self::CannotAttach => "cannotAttach",
             Self::NotMatched => "notMatched",
         }
     }
@@ -271,6 +279,9 @@ pub(crate) struct WorkloadSummary {
     pub(crate) companions: Vec<CompanionStatus>,
     /// Whether redirection was in force before its first instruction; absent while never attached.
     pub(crate) first_instruction: Option<FirstInstruction>,
+    /// Which gate has held it; absent when none has: then it is attached after it was told of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) gate: Option<Gate>,
     /// From the moment it was to be attached (the runtime's word of it, a policy that selects it, `pillion attach`) to
     /// redirection in force, in milliseconds; absent while never attached and when adopted from an earlier agent.
     pub(crate) attach_millis: Option<u64>,
@@ -323,8 +334,8 @@ pub(crate) struct WorkloadDetail {
     pub(crate) summary: WorkloadSummary,
     /// What policies select on.
     pub(crate) subject: Subject,
-    /// Which one it is.
-    pub(crate) instance: Instance,
+    /// Which one it is; absent for one that cannot be attached.
+    pub(crate) instance: Option<Instance>,
     /// The plan in force or in the making.
     pub(crate) plan: Option<Plan>,
     /// What happens while a companion is missing.
@@ -416,6 +427,12 @@ pub(crate) struct EventRecord {
     /// For `attached`: as [`WorkloadSummary::attach_millis`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) attach_millis: Option<u64>,
+    /// For `admitted`, `admittedOpen` and `refused`: which gate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) gate: Option<Gate>,
+    /// For the same: how long the agent took to answer it, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) held_millis: Option<u64>,
 }
 
 /// Kinds of events.
@@ -464,6 +481,14 @@ pub(crate) enum EventKind {
     Held,
     /// `pillion attach` ended that.
     Released,
+    /// A gate has let the workload run, with all in force.
+    Admitted,
+    /// A gate has let the workload run without some of it, as `onFailure: open` says.
+    AdmittedOpen,
+    /// A gate has refused the workload, as `onFailure: closed` says.
+    Refused,
+    /// A policy selects a workload that redirection cannot reach.
+    CannotAttach,
     /// The workload ended.
     WorkloadStopped,
     /// A journal record could not be used.

@@ -5,7 +5,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use pillion_workload::{CompanionName, FirstInstruction, PolicyName, WorkloadId};
+use pillion_workload::{CompanionName, FirstInstruction, Gate, PolicyName, WorkloadId};
 use tokio::sync::broadcast;
 use tracing::{info, warn};
 
@@ -34,6 +34,8 @@ pub(crate) struct Entry {
     policy: Option<PolicyName>,
     first_instruction: Option<FirstInstruction>,
     attach_millis: Option<u64>,
+    gate: Option<Gate>,
+    held_millis: Option<u64>,
 }
 
 impl Entry {
@@ -52,6 +54,8 @@ impl Entry {
             policy: None,
             first_instruction: None,
             attach_millis: None,
+            gate: None,
+            held_millis: None,
         }
     }
 
@@ -74,6 +78,11 @@ impl Entry {
         (self.first_instruction, self.attach_millis) = (first, millis);
         self
     }
+
+    pub(crate) fn at_gate(mut self, gate: Gate, held_millis: u64) -> Self {
+        (self.gate, self.held_millis) = (Some(gate), Some(held_millis));
+        self
+    }
 }
 
 /// Whether somebody who only looks at warnings should see it.
@@ -85,6 +94,9 @@ fn is_trouble(kind: EventKind) -> bool {
         | EventKind::Degraded
         | EventKind::CompanionExited
         | EventKind::DetachFailed
+        | EventKind::AdmittedOpen
+        | EventKind::Refused
+        | EventKind::CannotAttach
         | EventKind::JournalFault => true,
         EventKind::AgentStarted
         | EventKind::AgentStopping
@@ -101,6 +113,7 @@ fn is_trouble(kind: EventKind) -> bool {
         | EventKind::Detached
         | EventKind::Held
         | EventKind::Released
+        | EventKind::Admitted
         | EventKind::WorkloadStopped => false,
     }
 }
@@ -122,6 +135,8 @@ impl EventLog {
             policy: entry.policy,
             first_instruction: entry.first_instruction,
             attach_millis: entry.attach_millis,
+            gate: entry.gate,
+            held_millis: entry.held_millis,
         });
         self.next += 1;
         let text = |value: Option<&str>| value.map(str::to_owned);

@@ -150,7 +150,7 @@ mod tests {
         assert_eq!(parse_subject(&serde_json::to_string(&subject).unwrap(), "w.json").unwrap(), subject);
         for (bad, wanted) in [
             ("runtime: containerd\nname: web\nimag: x\n", "line 3"),
-            ("runtime: docker\nname: web\n", "line 1"),
+            ("runtime: rkt\nname: web\n", "line 1"),
             ("runtime: process\nname: a\nname: b\n", "line 3"),
             ("name: a\n", "runtime"),
         ] {

@@ -87,7 +87,7 @@ async fn settle(
             note(format_args!("no policy selects {id}: see pillion explain {id}"));
             ExitCode::FAILURE
         }
-        Verdict::Attached | Verdict::Failed | Verdict::Held => {
+        Verdict::Attached | Verdict::Failed | Verdict::Held | Verdict::Refused | Verdict::CannotAttach => {
             note(format_args!("{id} is {}: see pillion describe {id}", outcome.verdict));
             ExitCode::FAILURE
         }

@@ -269,6 +269,7 @@ mod tests {
             companions: Vec::new(),
             guard: None,
             first_instruction: None,
+            gate: None,
         }
     }
 

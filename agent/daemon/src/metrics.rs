@@ -3,9 +3,11 @@
 //! Owns the registry. No workload or container id is a label: a node sees too many of them. What can be asked is asked
 //! when scraped (workloads, sources, the data plane's counters); only what happens is counted.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use pillion_redirect::{Counters, Dataplane};
+use pillion_runtime::Admission;
+use pillion_workload::Gate;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text::encode},
@@ -19,7 +21,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::controller::Pulse;
+use crate::{api::Verdict, controller::Pulse};
+
+/// The label of what no gate has held.
+const NO_GATE: &str = "none";
 
 /// What is counted as it happens.
 #[derive(Debug)]
@@ -38,6 +43,7 @@ pub(crate) struct Metrics {
     pub(crate) policy_reloads: Counter,
     /// Policies that were read and refused.
     pub(crate) policy_reload_failures: Counter,
+    gate_seconds: Family<GateLabel, Histogram, fn() -> Histogram>,
     workloads: Family<VerdictLabel, Gauge>,
     source_up: Family<SourceLabel, Gauge>,
 }
@@ -45,6 +51,21 @@ pub(crate) struct Metrics {
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct VerdictLabel {
     verdict: &'static str,
+    /// `none` for one that no gate has held.
+    gate: &'static str,
+}
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct GateLabel {
+    gate: &'static str,
+    outcome: &'static str,
+}
+
+/// A workload that nothing is wanted for passes in some ten microseconds; a runtime gives up after some seconds.
+fn gate_histogram() -> Histogram {
+    Histogram::new([
+        0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0,
+    ])
 }
 
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -64,12 +85,22 @@ impl Metrics {
             companion_restarts: Counter::default(),
             policy_reloads: Counter::default(),
             policy_reload_failures: Counter::default(),
+            gate_seconds: Family::new_with_constructor(gate_histogram),
             workloads: Family::default(),
             source_up: Family::default(),
         };
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("pillion_build", "Which agent this is", version);
-        registry.register("pillion_workloads", "Known workloads by verdict", metrics.workloads.clone());
+        registry.register(
+            "pillion_workloads",
+            "Known workloads by verdict and by the gate that has held them",
+            metrics.workloads.clone(),
+        );
+        registry.register(
+            "pillion_gate_seconds",
+            "Time from a gate's question to the agent's answer",
+            metrics.gate_seconds.clone(),
+        );
         registry.register(
             "pillion_source_up",
             "Whether a runtime source is connected",
@@ -105,10 +136,28 @@ impl Metrics {
         Arc::new(metrics)
     }
 
+    /// A gate has been answered.
+    pub(crate) fn gate(&self, gate: Gate, admission: &Admission, took: Duration) {
+        let outcome = match admission {
+            Admission::Unmatched => "unmatched",
+            Admission::Attached => "attached",
+            Admission::Open { .. } => "open",
+            Admission::Refused { .. } => "refused",
+        };
+        let label = GateLabel { gate: gate.as_str(), outcome };
+        self.gate_seconds.get_or_create(&label).observe(took.as_secs_f64());
+    }
+
     /// Takes over what the controller has told.
     pub(crate) fn set(&self, pulse: &Pulse) {
-        for (verdict, count) in &pulse.workloads {
-            let label = VerdictLabel { verdict: verdict.as_str() };
+        // A pair that nobody has any more must not keep its last number.
+        self.workloads.clear();
+        for verdict in Verdict::ALL {
+            let label = VerdictLabel { verdict: verdict.as_str(), gate: NO_GATE };
+            self.workloads.get_or_create(&label).set(0);
+        }
+        for ((verdict, gate), count) in &pulse.workloads {
+            let label = VerdictLabel { verdict: verdict.as_str(), gate: gate.map_or(NO_GATE, Gate::as_str) };
             self.workloads.get_or_create(&label).set(i64::try_from(*count).unwrap_or(i64::MAX));
         }
         for (source, up) in &pulse.sources {
@@ -215,7 +264,6 @@ pub(crate) fn text(registry: &Registry) -> Result<String, fmt::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::Verdict;
 
     /// Every registered metric must have a value once everything that can happen has happened. That each of these is
     /// called is the compiler's care: an unused one is an error.
@@ -230,15 +278,16 @@ mod tests {
         metrics.companion_restarts.inc();
         metrics.policy_reloads.inc();
         metrics.policy_reload_failures.inc();
+        metrics.gate(Gate::Nri, &Admission::Attached, Duration::from_millis(3));
         metrics.set(&Pulse {
             policies_loaded: true,
-            workloads: Verdict::ALL.into_iter().map(|verdict| (verdict, 3)).collect(),
+            workloads: Verdict::ALL.into_iter().map(|verdict| ((verdict, None), 3)).collect(),
             sources: vec![("containerd", true)],
         });
         let text = text(&registry).unwrap();
         let names: Vec<&str> =
             text.lines().filter_map(|line| line.strip_prefix("# HELP ")?.split(' ').next()).collect();
-        assert_eq!(names.len(), 10, "{text}");
+        assert_eq!(names.len(), 11, "{text}");
         for name in names {
             let moved = text.lines().any(|line| {
                 line.starts_with(name)
@@ -246,7 +295,7 @@ mod tests {
             });
             assert!(moved, "{name} has no value in\n{text}");
         }
-        assert!(text.contains("pillion_workloads{verdict=\"notMatched\"} 3"), "{text}");
+        assert!(text.contains("pillion_workloads{verdict=\"notMatched\",gate=\"none\"} 3"), "{text}");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use pillion_workload::{FirstInstruction, Subject};
+use pillion_workload::{FirstInstruction, Gate, Subject};
 
 use crate::{
     api::{
@@ -122,7 +122,7 @@ impl View for WorkloadSummary {
 }
 
 fn workloads_table(workloads: &[WorkloadSummary], wide: bool) -> Table {
-    let mut head = vec!["WORKLOAD", "VERDICT", "SINCE", "POLICY", "COMPANIONS", "ATTACHED"];
+    let mut head = vec!["WORKLOAD", "VERDICT", "SINCE", "POLICY", "COMPANIONS", "GATE", "ATTACHED"];
     if wide {
         head.extend(["TOOK", "PID", "NAMESPACE", "REASON"]);
     }
@@ -134,6 +134,7 @@ fn workloads_table(workloads: &[WorkloadSummary], wide: bool) -> Table {
             age(workload.since).into(),
             Cell::optional(workload.policy.as_ref()),
             companions_cell(&workload.companions),
+            Cell::optional(gate(workload)),
             Cell::optional(workload.first_instruction.map(first_instruction)),
         ];
         if wide {
@@ -215,13 +216,15 @@ impl WorkloadDetail {
             ("Verdict", verdict_cell(summary.verdict)),
             ("Since", format!("{} ({} ago)", summary.since, age(summary.since)).into()),
             ("Policy", Cell::optional(summary.policy.as_ref())),
-            ("Process", self.instance.process.pid.into()),
-            (
-                "Cgroup",
-                format!("{} (id {})", self.instance.cgroup.path.display(), self.instance.cgroup.id.0).into(),
-            ),
-            ("Network", self.instance.netns.into()),
         ];
+        if let Some(instance) = &self.instance {
+            let cgroup = format!("{} (id {})", instance.cgroup.path.display(), instance.cgroup.id.0);
+            facts.extend([
+                ("Process", instance.process.pid.into()),
+                ("Cgroup", cgroup.into()),
+                ("Network", instance.netns.into()),
+            ]);
+        }
         if let Some(when) = summary.first_instruction {
             let took = summary.attach_millis.map(|millis| format!(", after {millis}ms")).unwrap_or_default();
             let text = match when {
@@ -229,6 +232,9 @@ impl WorkloadDetail {
                 FirstInstruction::After => "after its first instruction",
                 FirstInstruction::Unknown => "before or after its first instruction: not known",
             };
+            if let Some(gate) = gate(summary) {
+                facts.push(("Gate", gate.into()));
+            }
             facts.push(("Attached", format!("{text}{took}").into()));
         }
         if let Some(ports) = &self.ports {
@@ -314,6 +320,7 @@ pub(crate) fn event_line(event: &EventRecord, wide: bool, paint: Paint) -> Strin
         let about = [
             event.companion.as_ref().map(|name| format!("companion {name}")),
             event.policy.as_ref().map(|name| format!("policy {name}")),
+            event.held_millis.map(|millis| format!("held {millis}ms")),
             event.first_instruction.map(|when| format!("{} first instruction", first_instruction(when))),
             event.attach_millis.map(|millis| format!("{millis}ms")),
         ];
@@ -328,15 +335,20 @@ pub(crate) fn event_line(event: &EventRecord, wide: bool, paint: Paint) -> Strin
 
 fn event_tone(kind: EventKind) -> Tone {
     match kind {
-        EventKind::Attached | EventKind::Adopted | EventKind::Recovered | EventKind::CompanionReady => {
-            Tone::Good
-        }
+        EventKind::Attached
+        | EventKind::Adopted
+        | EventKind::Recovered
+        | EventKind::CompanionReady
+        | EventKind::Admitted => Tone::Good,
         EventKind::PolicyRefused
         | EventKind::SourceDown
         | EventKind::Degraded
         | EventKind::CompanionExited
+        | EventKind::AdmittedOpen
         | EventKind::JournalFault => Tone::Warn,
-        EventKind::AttachFailed | EventKind::DetachFailed => Tone::Bad,
+        EventKind::AttachFailed | EventKind::DetachFailed | EventKind::Refused | EventKind::CannotAttach => {
+            Tone::Bad
+        }
         EventKind::NotMatched => Tone::Dim,
         EventKind::AgentStarted
         | EventKind::AgentStopping
@@ -356,11 +368,17 @@ fn verdict_cell(verdict: Verdict) -> Cell {
     let tone = match verdict {
         Verdict::Attached => Tone::Good,
         Verdict::Degraded => Tone::Warn,
-        Verdict::Failed => Tone::Bad,
+        Verdict::Failed | Verdict::Refused | Verdict::CannotAttach => Tone::Bad,
         Verdict::NotMatched => Tone::Dim,
         Verdict::Attaching | Verdict::Detaching | Verdict::Held => Tone::Plain,
     };
     Cell::toned(verdict, tone)
+}
+
+/// Which gate has held it; `late` when none has and it had begun, or may have.
+fn gate(workload: &WorkloadSummary) -> Option<&'static str> {
+    let late = workload.first_instruction.is_some_and(|when| when != FirstInstruction::Before);
+    workload.gate.map(Gate::as_str).or(late.then_some("late"))
 }
 
 fn first_instruction(when: FirstInstruction) -> &'static str {

@@ -1,27 +1,34 @@
 //! Whether a workload had begun when redirection came into force: the honest half of the verdict.
 //!
-//! Joins the runtimes' probes with the attachments, which know nothing of runtimes. Never guesses.
+//! Joins gates and runtimes' probes with the attachments, which know nothing of either. Never guesses.
 
 use pillion_attachment::{BoxFuture, Witness};
 use pillion_runtime::FirstInstructionProbe;
-use pillion_workload::{FirstInstruction, Workload};
+use pillion_workload::{FirstInstruction, Gate, Workload};
 
-/// Asks containerd about one workload.
-pub(crate) struct Containerd {
+use crate::controller::HeldState;
+
+/// A workload of the agent: held at a gate, or else its runtime is asked.
+pub(crate) struct Attached {
+    held: HeldState,
     probe: Option<FirstInstructionProbe>,
     workload: Workload,
 }
 
-impl Containerd {
-    /// Without a probe nothing is known.
-    pub(crate) fn new(probe: Option<FirstInstructionProbe>, workload: Workload) -> Self {
-        Self { probe, workload }
+impl Attached {
+    /// Without a gate and a probe nothing is known.
+    pub(crate) fn new(held: HeldState, probe: Option<FirstInstructionProbe>, workload: Workload) -> Self {
+        Self { held, probe, workload }
     }
 }
 
-impl Witness for Containerd {
+impl Witness for Attached {
     fn look(&self) -> BoxFuture<'_, FirstInstruction> {
         Box::pin(async {
+            // A runtime whose container is held would answer only when it is let go.
+            if self.held.is_held() {
+                return FirstInstruction::Before;
+            }
             match &self.probe {
                 Some(probe) => probe.check(&self.workload).await,
                 None => FirstInstruction::Unknown,
@@ -31,6 +38,10 @@ impl Witness for Containerd {
 
     fn judge(&self, before: FirstInstruction, after: FirstInstruction) -> FirstInstruction {
         FirstInstructionProbe::verdict(before, after)
+    }
+
+    fn gate(&self) -> Option<Gate> {
+        self.held.gate()
     }
 }
 
@@ -44,5 +55,9 @@ impl Witness for HeldAtGate {
 
     fn judge(&self, _before: FirstInstruction, after: FirstInstruction) -> FirstInstruction {
         after
+    }
+
+    fn gate(&self) -> Option<Gate> {
+        Some(Gate::Run)
     }
 }

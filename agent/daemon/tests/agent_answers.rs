@@ -117,7 +117,7 @@ fn lists_have_stable_columns() {
     assert_eq!((code, stderr.as_str()), (0, ""));
     let mut lines = stdout.lines();
     let head: Vec<_> = lines.next().expect("a head").split_whitespace().collect();
-    assert_eq!(head, ["WORKLOAD", "VERDICT", "SINCE", "POLICY", "COMPANIONS", "ATTACHED"]);
+    assert_eq!(head, ["WORKLOAD", "VERDICT", "SINCE", "POLICY", "COMPANIONS", "GATE", "ATTACHED"]);
     assert!(lines.next().expect("a row").starts_with("containerd/default/web  attached  "), "{stdout}");
 
     let (_, stdout, ..) = outcome(&["list", "-o", "name"], "200 OK", &answer);

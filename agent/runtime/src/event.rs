@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use pillion_workload::{FirstInstruction, Workload, WorkloadId};
+use pillion_workload::{FirstInstruction, Subject, Workload, WorkloadId};
 use serde::Serialize;
 
 /// Names a source: what a [`RuntimeEvent::Snapshot`] replaces.
@@ -74,6 +74,18 @@ pub enum RuntimeEvent {
     Changed {
         /// The workload as it is now.
         workload: Workload,
+    },
+    /// A workload is there that redirection cannot reach, such as one whose sockets are not this kernel's. After a
+    /// `Snapshot` all of them are told again.
+    Unattachable {
+        /// Which source.
+        source: SourceName,
+        /// Which one.
+        id: WorkloadId,
+        /// What policies select on.
+        subject: Box<Subject>,
+        /// Why not.
+        reason: String,
     },
     /// Its first process has ended.
     Stopped {

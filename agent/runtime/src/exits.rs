@@ -10,21 +10,21 @@ use pillion_workload::{ProcessId, WorkloadId};
 use crate::pidfd::Pidfd;
 
 /// Processes that are waited for; one descriptor each.
-#[derive(Default)]
-pub(crate) struct Exits {
+#[derive(Debug, Default)]
+pub struct Exits {
     waiting: FuturesUnordered<BoxFuture<'static, (WorkloadId, ProcessId, io::Result<()>)>>,
 }
 
 impl Exits {
     /// Begins to wait for the end of a process. `false` when it has ended already.
-    pub(crate) fn watch(&self, id: WorkloadId, process: ProcessId) -> io::Result<bool> {
+    pub fn watch(&self, id: WorkloadId, process: ProcessId) -> io::Result<bool> {
         let Some(pidfd) = Pidfd::open(process)? else { return Ok(false) };
         self.waiting.push(Box::pin(async move { (id, process, pidfd.ended().await) }));
         Ok(true)
     }
 
     /// The next process that ends. Waits for ever when none is watched. Cancel-safe.
-    pub(crate) async fn next(&mut self) -> (WorkloadId, ProcessId) {
+    pub async fn next(&mut self) -> (WorkloadId, ProcessId) {
         loop {
             match self.waiting.next().await {
                 Some((id, process, Ok(()))) => return (id, process),

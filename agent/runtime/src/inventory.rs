@@ -149,7 +149,9 @@ mod tests {
                     assert_ne!(old.subject, workload.subject);
                 }
                 RuntimeEvent::Stopped { id } => assert!(state.remove(&id).is_some(), "stopped twice"),
-                RuntimeEvent::Up { .. } | RuntimeEvent::Down { .. } => unreachable!("not the inventory's"),
+                RuntimeEvent::Up { .. } | RuntimeEvent::Down { .. } | RuntimeEvent::Unattachable { .. } => {
+                    unreachable!("not the inventory's")
+                }
             }
         }
     }

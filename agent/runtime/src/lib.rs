@@ -21,6 +21,7 @@ pub use containerd::{
     ContainerdConfig, ContainerdSource, FirstInstructionProbe, VersionError, containerd_version,
 };
 pub use event::{RuntimeEvent, SourceName};
+pub use exits::Exits;
 pub use gate::{Admission, Gatekeeper, Hold, Undecided};
 pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
 pub use process::{ProcessWorkloadError, process_workload, resolve_program};

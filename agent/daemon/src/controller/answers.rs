@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 
 use pillion_policy::{Decision, PolicySet, Reason};
-use pillion_workload::{Subject, WorkloadId};
+use pillion_workload::{Gate, Subject, WorkloadId};
 
-use super::{Controller, Pulse, entry::ports};
+use super::{
+    Controller, Pulse,
+    entry::{Entry, ports},
+};
 use crate::api::{
     DataplaneStatus, ExplainRequest, ExplainResponse, FieldInfo, Health, PolicyStatus, PolicySummary,
     Problem, ReasonInfo, ReasonOutcome, SourceState, SourceStatus, StatusResponse, Verdict, WorkloadDetail,
+    WorkloadSummary,
 };
 
 /// Events shown with a workload.
@@ -18,7 +22,7 @@ impl Controller {
     pub(super) fn pulse(&self) -> Pulse {
         Pulse {
             policies_loaded: self.policies.is_some(),
-            workloads: self.counts(),
+            workloads: self.counts_by_gate(),
             sources: self
                 .sources
                 .iter()
@@ -74,11 +78,10 @@ impl Controller {
                 problems.push(problem("source", format!("{name} does not answer: {error}")));
             }
         }
-        for entry in self.workloads.values() {
-            let (verdict, reason) = entry.verdict();
+        for WorkloadSummary { id, verdict, reason, .. } in self.summaries() {
             if verdict.is_problem() {
                 let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
-                problems.push(problem("workload", format!("{} is {verdict}{reason}", entry.workload.id)));
+                problems.push(problem("workload", format!("{id} is {verdict}{reason}")));
             }
         }
         problems.extend(self.problems.iter().cloned());
@@ -109,20 +112,36 @@ impl Controller {
     fn counts(&self) -> BTreeMap<Verdict, usize> {
         let mut counts: BTreeMap<Verdict, usize> =
             Verdict::ALL.into_iter().map(|verdict| (verdict, 0)).collect();
-        for entry in self.workloads.values() {
-            *counts.entry(entry.verdict().0).or_default() += 1;
+        for summary in self.summaries() {
+            *counts.entry(summary.verdict).or_default() += 1;
         }
         counts
     }
 
+    fn counts_by_gate(&self) -> BTreeMap<(Verdict, Option<Gate>), usize> {
+        let mut counts = BTreeMap::new();
+        for summary in self.summaries() {
+            *counts.entry((summary.verdict, summary.gate)).or_default() += 1;
+        }
+        counts
+    }
+
+    /// All workloads, by id.
+    pub(super) fn summaries(&self) -> Vec<WorkloadSummary> {
+        let mut all: Vec<WorkloadSummary> = self.workloads.values().map(Entry::summary).collect();
+        all.extend(self.unattachable.summaries(self.policies.as_ref()));
+        all.sort_by(|one, other| one.id.cmp(&other.id));
+        all
+    }
+
     pub(super) fn detail(&self, id: &WorkloadId) -> Option<WorkloadDetail> {
-        let entry = self.workloads.get(id)?;
+        let Some(entry) = self.workloads.get(id) else { return self.detail_of_unattachable(id) };
         let view = entry.view();
         let plan = view.map(|view| &view.plan).or(entry.plan.as_ref());
         Some(WorkloadDetail {
             summary: entry.summary(),
             subject: entry.workload.subject.clone(),
-            instance: entry.workload.instance.clone(),
+            instance: Some(entry.workload.instance.clone()),
             plan: plan.map(|plan| pillion_workload::Plan::clone(plan)),
             on_failure: plan.map(|plan| plan.on_failure),
             ports: view.and_then(|view| view.redirect.as_ref()).map(ports),
@@ -131,9 +150,26 @@ impl Controller {
         })
     }
 
+    fn detail_of_unattachable(&self, id: &WorkloadId) -> Option<WorkloadDetail> {
+        let known = self.unattachable.get(id)?;
+        Some(WorkloadDetail {
+            summary: known.summary(id, self.policies.as_ref()),
+            subject: known.subject.clone(),
+            instance: None,
+            plan: None,
+            on_failure: None,
+            ports: None,
+            reasons: self.reasons(&known.subject).1,
+            events: self.events.of(id, EVENTS_SHOWN),
+        })
+    }
+
     pub(super) fn explain(&self, request: ExplainRequest) -> Option<ExplainResponse> {
         let subject = match request {
-            ExplainRequest::Workload(id) => self.workloads.get(&id)?.workload.subject.clone(),
+            ExplainRequest::Workload(id) => match self.workloads.get(&id) {
+                Some(entry) => entry.workload.subject.clone(),
+                None => self.unattachable.get(&id)?.subject.clone(),
+            },
             ExplainRequest::Subject(subject) => *subject,
         };
         let (decision, reasons) = self.reasons(&subject);

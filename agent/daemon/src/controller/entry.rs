@@ -6,11 +6,12 @@ use std::{sync::Arc, time::Duration};
 
 use pillion_attachment::{CompanionView, Handle, State, View, Wish};
 use pillion_runtime::SourceName;
-use pillion_workload::{FailureMode, FirstInstruction, Plan, RedirectSpec, Workload};
+use pillion_workload::{FailureMode, FirstInstruction, Instance, Plan, RedirectSpec, Workload};
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     OverrideReply,
+    gates::AtGates,
     reconcile::{Have, Want},
 };
 use crate::api::{CompanionState, CompanionStatus, PortsInUse, Timestamp, Verdict, WorkloadSummary};
@@ -32,6 +33,8 @@ pub(super) struct Entry {
     /// What the policies in force give it.
     pub(super) plan: Option<Arc<Plan>>,
     pub(super) held: bool,
+    /// Who holds it before its first instruction.
+    pub(super) gates: AtGates,
     pub(super) attachment: Option<Attachment>,
     pub(super) failure: Option<Failure>,
     pub(super) attach_millis: Option<u64>,
@@ -44,7 +47,7 @@ pub(super) struct Entry {
 pub(super) struct Attachment {
     pub(super) handle: Handle,
     pub(super) serial: u64,
-    pub(super) instance: pillion_workload::Instance,
+    pub(super) instance: Instance,
     /// The plan it was last told; `None` when it was told to end.
     pub(super) told: Option<Arc<Plan>>,
     pub(super) view: Option<View>,
@@ -84,6 +87,7 @@ impl Entry {
             present: true,
             plan: None,
             held: false,
+            gates: AtGates::default(),
             attachment: None,
             failure: None,
             attach_millis: None,
@@ -100,6 +104,16 @@ impl Entry {
             Some(plan) => Want::Plan(plan, &self.workload.instance),
             None => Want::Nothing,
         }
+    }
+
+    /// Whether this very instance is known and has not ended.
+    pub(super) fn is_instance(&self, instance: &Instance) -> bool {
+        self.present && self.workload.instance == *instance
+    }
+
+    /// When something must be done for it: a failed attach tried again, or a gate answered.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.retry_at().into_iter().chain(self.gates.due()).min()
     }
 
     /// When a failed attach is to be tried again.
@@ -119,6 +133,22 @@ impl Entry {
 
     /// What has become of it, and why where the verdict does not say it all.
     pub(super) fn verdict(&self) -> (Verdict, Option<String>) {
+        match &self.gates.refused {
+            Some(reason) if !self.is_complete() => (Verdict::Refused, Some(reason.clone())),
+            _ => self.outcome(),
+        }
+    }
+
+    /// Whether all that is wanted is in force.
+    pub(super) fn is_complete(&self) -> bool {
+        let wanted = self.attachment.as_ref().filter(|attachment| attachment.told.is_some());
+        wanted
+            .and_then(|attachment| attachment.view.as_ref())
+            .is_some_and(|view| matches!(&view.state, State::Attached { missing } if missing.is_empty()))
+    }
+
+    /// What has become of the attachment, whatever a gate has been told.
+    pub(super) fn outcome(&self) -> (Verdict, Option<String>) {
         if let Some(attachment) = &self.attachment {
             if attachment.told.is_none() {
                 return (Verdict::Detaching, None);
@@ -153,9 +183,13 @@ impl Entry {
     pub(super) fn is_settled(&self) -> bool {
         match self.verdict().0 {
             Verdict::Attaching | Verdict::Detaching => false,
-            Verdict::Attached | Verdict::Degraded | Verdict::Failed | Verdict::Held | Verdict::NotMatched => {
-                true
-            }
+            Verdict::Attached
+            | Verdict::Degraded
+            | Verdict::Failed
+            | Verdict::Held
+            | Verdict::Refused
+            | Verdict::CannotAttach
+            | Verdict::NotMatched => true,
         }
     }
 
@@ -186,6 +220,7 @@ impl Entry {
             policy: self.plan.as_ref().map(|plan| plan.policy.clone()),
             companions: view.map(|view| view.companions.iter().map(companion).collect()).unwrap_or_default(),
             first_instruction: view.and_then(|view| view.first_instruction),
+            gate: self.gates.state.gate(),
             attach_millis: view.and(self.attach_millis),
         }
     }

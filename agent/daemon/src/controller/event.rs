@@ -5,8 +5,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use pillion_attachment::Report;
-use pillion_runtime::RuntimeEvent;
-use pillion_workload::WorkloadId;
+use pillion_runtime::{Hold, RuntimeEvent};
+use pillion_workload::{Gate, ProcessId, WorkloadId};
 use tokio::sync::{broadcast, oneshot};
 
 use crate::{
@@ -22,6 +22,15 @@ use crate::{
 pub(crate) enum Event {
     /// A source told something.
     Runtime(Box<RuntimeEvent>),
+    /// A gate holds a workload.
+    Held(Box<Hold>),
+    /// The first process of a workload that a gate told of has ended.
+    Exited {
+        /// The workload.
+        workload: WorkloadId,
+        /// The process.
+        process: ProcessId,
+    },
     /// Policies were read.
     Policies(PolicyLoad),
     /// An attachment told something.
@@ -35,8 +44,8 @@ pub(crate) enum Event {
     },
     /// Somebody asks.
     Request(Request),
-    /// A failed attach is due again.
-    Retry,
+    /// A failed attach is to be tried again, or a gate must be answered.
+    Due,
     /// The agent is to end.
     Stop,
 }
@@ -65,8 +74,8 @@ pub(crate) enum Request {
 pub(crate) struct Pulse {
     /// Whether policies were ever loaded.
     pub(crate) policies_loaded: bool,
-    /// Number of workloads by verdict.
-    pub(crate) workloads: BTreeMap<Verdict, usize>,
+    /// Number of workloads by verdict, and by the gate that has held them.
+    pub(crate) workloads: BTreeMap<(Verdict, Option<Gate>), usize>,
     /// Whether each source is connected.
     pub(crate) sources: Vec<(&'static str, bool)>,
 }

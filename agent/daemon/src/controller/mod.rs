@@ -7,11 +7,13 @@
 mod answers;
 mod entry;
 mod event;
+mod gates;
 mod reconcile;
 mod reports;
 mod requests;
 mod sources;
 mod start;
+mod unattachable;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -22,7 +24,7 @@ use std::{
 
 use pillion_attachment::{Job, Ledger, Node, Report, attach};
 use pillion_policy::PolicySet;
-use pillion_runtime::{FirstInstructionProbe, RuntimeEvent, SourceName, open_netns};
+use pillion_runtime::{Exits, FirstInstructionProbe, Hold, RuntimeEvent, SourceName, open_netns};
 use pillion_workload::{Plan, RuntimeKind, Workload, WorkloadId};
 use tokio::{
     sync::mpsc,
@@ -32,11 +34,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::error;
 
 pub(crate) use event::{Event, Override, OverrideRefused, OverrideReply, Pulse, Request};
+pub(crate) use gates::HeldState;
 pub(crate) use start::{Beginning, Parts};
 
 use self::{
     entry::{Attachment, Entry},
     reconcile::{Step, next_step},
+    unattachable::Unattachables,
 };
 use crate::{
     api::{EventKind, Problem, RefusedReload, SourceState, Timestamp},
@@ -44,7 +48,7 @@ use crate::{
     journal::Journal,
     metrics::Metrics,
     policy_watch::PolicyLoad,
-    witness::Containerd,
+    witness::Attached,
 };
 
 /// How long attachments may take to let go when the agent ends.
@@ -65,6 +69,7 @@ pub(crate) struct Controller {
     started_at: Timestamp,
 
     workloads: BTreeMap<WorkloadId, Entry>,
+    unattachable: Unattachables,
     held: BTreeSet<WorkloadId>,
     discarding: BTreeSet<WorkloadId>,
     policies: Option<PolicySet>,
@@ -92,6 +97,9 @@ struct Source {
 /// All that can wake the controller, as channels. Bounded: who sends waits.
 struct Inbox {
     runtime: mpsc::Receiver<RuntimeEvent>,
+    holds: mpsc::Receiver<Hold>,
+    /// Of workloads that only a gate has told of so far.
+    exits: Exits,
     policies: mpsc::Receiver<PolicyLoad>,
     reports: mpsc::Receiver<Report>,
     discarded: mpsc::Receiver<(WorkloadId, Vec<String>)>,
@@ -100,15 +108,17 @@ struct Inbox {
 }
 
 impl Inbox {
-    async fn next(&mut self, retry_at: Option<Instant>) -> Event {
+    async fn next(&mut self, due: Option<Instant>) -> Event {
         tokio::select! {
             () = self.stop.cancelled() => Event::Stop,
             Some(report) = self.reports.recv() => Event::Attachment(Box::new(report)),
             Some((workload, left)) = self.discarded.recv() => Event::Discarded { workload, left },
             Some(load) = self.policies.recv() => Event::Policies(load),
+            Some(hold) = self.holds.recv() => Event::Held(Box::new(hold)),
+            (workload, process) = self.exits.next() => Event::Exited { workload, process },
             Some(event) = self.runtime.recv() => Event::Runtime(Box::new(event)),
             Some(request) = self.requests.recv() => Event::Request(request),
-            () = sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => Event::Retry,
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => Event::Due,
         }
     }
 }
@@ -117,14 +127,16 @@ impl Controller {
     /// Handles events until it is told to stop; then lets go of everything and leaves it in force.
     pub(crate) async fn run(mut self) {
         loop {
-            let retry_at = self.workloads.values().filter_map(Entry::retry_at).min();
-            match self.inbox.next(retry_at).await {
+            let due = self.workloads.values().filter_map(Entry::due).min();
+            match self.inbox.next(due).await {
                 Event::Runtime(event) => self.runtime(*event),
                 Event::Policies(load) => self.policies(load),
+                Event::Held(hold) => self.held_at_gate(*hold),
+                Event::Exited { workload, process } => self.exited(&workload, process),
                 Event::Attachment(report) => self.attachment(*report),
                 Event::Discarded { workload, left } => self.discarded(&workload, &left),
                 Event::Request(request) => self.request(request),
-                Event::Retry => self.retry(),
+                Event::Due => self.due(),
                 Event::Stop => break,
             }
         }
@@ -219,6 +231,7 @@ impl Controller {
 
     /// Updates what is shown, answers who waits, and forgets a workload of which nothing is left.
     fn settle(&mut self, id: &WorkloadId) {
+        self.answer_gates(id);
         let Some(entry) = self.workloads.get_mut(id) else { return };
         entry.touch();
         let gone = !entry.present && entry.attachment.is_none();
@@ -256,7 +269,11 @@ impl Controller {
         self.next_serial += 1;
         let instance = workload.instance.clone();
         let job = Job {
-            witness: Arc::new(Containerd::new(self.witness.clone(), workload.clone())),
+            witness: Arc::new(Attached::new(
+                entry.gates.state.clone(),
+                self.witness.clone(),
+                workload.clone(),
+            )),
             workload,
             plan: plan.clone(),
             netns,
@@ -269,9 +286,15 @@ impl Controller {
         entry.attachment = Some(Attachment { handle, serial, instance, told: Some(plan), view: None });
     }
 
-    fn retry(&mut self) {
+    /// A failed attach is due again, or a gate must be answered.
+    fn due(&mut self) {
         let now = Instant::now();
         for id in self.workloads.keys().cloned().collect::<Vec<_>>() {
+            let Some(entry) = self.workloads.get_mut(&id) else { continue };
+            if entry.gates.due().is_some_and(|at| at <= now) {
+                self.answer_gates(&id);
+                self.reconcile(&id);
+            }
             let Some(entry) = self.workloads.get_mut(&id) else { continue };
             // The failure itself is kept until an attach succeeds: it counts.
             if let Some(failure) = &mut entry.failure

@@ -3,7 +3,7 @@
 use pillion_workload::WorkloadId;
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Controller, Override, OverrideRefused, OverrideReply, Request, entry::Entry};
+use super::{Controller, Override, OverrideRefused, OverrideReply, Request};
 use crate::api::EventKind;
 
 impl Controller {
@@ -13,7 +13,7 @@ impl Controller {
             Request::Ping(reply) => drop(reply.send(self.pulse())),
             Request::Status(reply) => drop(reply.send(self.status())),
             Request::Workloads(reply) => {
-                drop(reply.send(self.workloads.values().map(Entry::summary).collect()));
+                drop(reply.send(self.summaries()));
             }
             Request::Workload(id, reply) => drop(reply.send(self.detail(&id))),
             Request::Events(since, reply) => drop(reply.send(self.events.read(since))),

@@ -7,12 +7,12 @@ use std::{
 };
 
 use pillion_attachment::{Ledger, Node, Record, discard};
-use pillion_runtime::{FirstInstructionProbe, RuntimeEvent, SourceName, open_netns};
+use pillion_runtime::{Exits, FirstInstructionProbe, Hold, RuntimeEvent, SourceName, open_netns};
 use pillion_workload::{FirstInstruction, RuntimeKind};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{Controller, Inbox, Request, Source, entry::Entry};
+use super::{Controller, Inbox, Request, Source, entry::Entry, gates::AtGates, unattachable::Unattachables};
 use crate::{
     api::{EventKind, SourceState, Timestamp},
     event_log::EventLog,
@@ -40,6 +40,8 @@ pub(crate) struct Beginning {
     /// Sources that are going to speak, and for which kind of workload.
     pub(crate) sources: Vec<(SourceName, RuntimeKind)>,
     pub(crate) runtime: mpsc::Receiver<RuntimeEvent>,
+    /// Of the gates.
+    pub(crate) holds: mpsc::Receiver<Hold>,
     pub(crate) policies: mpsc::Receiver<PolicyLoad>,
     pub(crate) requests: mpsc::Receiver<Request>,
     pub(crate) stop: CancellationToken,
@@ -61,6 +63,7 @@ impl Controller {
             pin_root: parts.pin_root,
             started_at: now,
             workloads: BTreeMap::new(),
+            unattachable: Unattachables::default(),
             held: loaded.held,
             discarding: BTreeSet::new(),
             policies: None,
@@ -74,6 +77,8 @@ impl Controller {
             full: false,
             inbox: Inbox {
                 runtime: beginning.runtime,
+                holds: beginning.holds,
+                exits: Exits::default(),
                 policies: beginning.policies,
                 reports: reports_in,
                 discarded: discarded_in,
@@ -107,6 +112,7 @@ impl Controller {
             Ok(netns) => {
                 let mut entry = Entry::new(record.workload.clone(), None, FirstInstruction::Unknown);
                 entry.held = self.held.contains(&id);
+                entry.gates = AtGates::recall(record.gate);
                 let plan = Arc::new(record.plan.clone());
                 entry.plan = Some(plan.clone());
                 self.workloads.insert(id.clone(), entry);
