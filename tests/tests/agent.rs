@@ -353,8 +353,8 @@ fn health_and_metrics() -> Result<()> {
         scene.says_through_relay(&mut puppet)?;
         let families = open_metrics(&agent.get("/metrics")?.1)?;
         for (name, wanted) in [
-            ("pillion_workloads{verdict=\"attached\"}", 1.0),
-            ("pillion_workloads{verdict=\"failed\"}", 0.0),
+            ("pillion_workloads{verdict=\"attached\",gate=\"none\"}", 1.0),
+            ("pillion_workloads{verdict=\"failed\",gate=\"none\"}", 0.0),
             ("pillion_source_up{source=\"containerd\"}", 1.0),
             ("pillion_attach_seconds_count", 1.0),
             ("pillion_companion_exits_total", 0.0),
