@@ -12,6 +12,7 @@ pub mod cgroup;
 pub mod containerd;
 pub mod demo;
 pub mod echo;
+pub mod first;
 pub mod held;
 pub mod image;
 pub mod inventory;

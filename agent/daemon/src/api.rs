@@ -430,9 +430,9 @@ pub(crate) struct EventRecord {
     /// For `admitted`, `admittedOpen` and `refused`: which gate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) gate: Option<Gate>,
-    /// For the same: how long the agent took to answer it, in milliseconds.
+    /// For the same: how long the agent took to answer it, in microseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) held_millis: Option<u64>,
+    pub(crate) held_micros: Option<u64>,
 }
 
 /// Kinds of events.

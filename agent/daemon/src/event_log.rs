@@ -35,7 +35,7 @@ pub(crate) struct Entry {
     first_instruction: Option<FirstInstruction>,
     attach_millis: Option<u64>,
     gate: Option<Gate>,
-    held_millis: Option<u64>,
+    held_micros: Option<u64>,
 }
 
 impl Entry {
@@ -55,7 +55,7 @@ impl Entry {
             first_instruction: None,
             attach_millis: None,
             gate: None,
-            held_millis: None,
+            held_micros: None,
         }
     }
 
@@ -79,8 +79,8 @@ impl Entry {
         self
     }
 
-    pub(crate) fn at_gate(mut self, gate: Gate, held_millis: u64) -> Self {
-        (self.gate, self.held_millis) = (Some(gate), Some(held_millis));
+    pub(crate) fn at_gate(mut self, gate: Gate, held_micros: u64) -> Self {
+        (self.gate, self.held_micros) = (Some(gate), Some(held_micros));
         self
     }
 }
@@ -136,7 +136,7 @@ impl EventLog {
             first_instruction: entry.first_instruction,
             attach_millis: entry.attach_millis,
             gate: entry.gate,
-            held_millis: entry.held_millis,
+            held_micros: entry.held_micros,
         });
         self.next += 1;
         let text = |value: Option<&str>| value.map(str::to_owned);

@@ -1,7 +1,7 @@
 //! The journal: one JSON file for each attachment, and the list of workloads that are held detached.
 //!
-//! Owns `<state dir>/attachments/` and `<state dir>/held.json`. A file is replaced atomically (written beside it, synced,
-//! renamed, the directory synced), so that the agent can be killed at any instant. What is read is not trusted: a file
+//! Owns `<state dir>/attachments/` and `<state dir>/held.json`. A file is replaced atomically (written beside it and
+//! renamed), so that the agent can be killed at any instant; only what is to outlast a reboot waits for the disk. What is read is not trusted: a file
 //! that cannot be used is moved aside to `*.corrupt` and reported, and the rest is used. Never decides what a record means.
 
 use std::{
@@ -125,9 +125,10 @@ impl Journal {
         Ok(Checked::Current(Box::new(envelope.body)))
     }
 
-    /// Keeps the record. Blocks until it is on the disk.
+    /// Keeps the record, so that a later agent of this boot finds it. Does not wait for the disk: a workload is held
+    /// meanwhile, and what a record tells of is gone with the kernel that made it.
     pub(crate) fn write(&self, record: &Record) -> io::Result<()> {
-        self.replace(&self.path_of(&record.workload.id), record)
+        self.replace(&self.path_of(&record.workload.id), record, Until::Rename)
     }
 
     /// Forgets a workload. Forgetting an unknown one is not an error.
@@ -135,18 +136,18 @@ impl Journal {
         match fs::remove_file(self.path_of(workload)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
-            Ok(()) => sync_directory(&self.directory),
+            Ok(()) => Ok(()),
         }
     }
 
-    /// Keeps the list of held workloads.
+    /// Keeps the list of held workloads. Blocks until it is on the disk: it is meant to outlast a reboot.
     pub(crate) fn write_held(&self, held: &BTreeSet<WorkloadId>) -> io::Result<()> {
-        self.replace(&self.held, held)
+        self.replace(&self.held, held, Until::Disk)
     }
 
-    fn replace<T: Serialize>(&self, path: &Path, body: &T) -> io::Result<()> {
+    fn replace<T: Serialize>(&self, path: &Path, body: &T, until: Until) -> io::Result<()> {
         let envelope = Envelope { version: VERSION, boot: self.boot.clone(), body };
-        replace_file(path, &serde_json::to_vec(&envelope)?)
+        replace_file(path, &serde_json::to_vec(&envelope)?, until)
     }
 
     fn path_of(&self, workload: &WorkloadId) -> PathBuf {
@@ -220,8 +221,18 @@ fn set_aside(path: &Path, reason: String) -> JournalFault {
     JournalFault { path: path.to_owned(), reason }
 }
 
-/// Replaces a file so that a reader, and whoever looks after a crash, sees either the earlier content or the new one.
-pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// How far a write goes before it returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Until {
+    /// It outlasts every process: enough for what is of no use after a reboot.
+    Rename,
+    /// It outlasts a loss of power.
+    Disk,
+}
+
+/// Replaces a file so that a reader, and whoever looks after the writer was killed, sees either the earlier content or
+/// the new one.
+pub(crate) fn replace_file(path: &Path, bytes: &[u8], until: Until) -> io::Result<()> {
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".tmp");
@@ -232,9 +243,14 @@ pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
+    if until == Until::Disk {
+        file.sync_all()?;
+    }
     fs::rename(&temporary, path)?;
-    sync_directory(directory)
+    match until {
+        Until::Disk => sync_directory(directory),
+        Until::Rename => Ok(()),
+    }
 }
 
 fn sync_directory(directory: &Path) -> io::Result<()> {

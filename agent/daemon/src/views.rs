@@ -320,7 +320,7 @@ pub(crate) fn event_line(event: &EventRecord, wide: bool, paint: Paint) -> Strin
         let about = [
             event.companion.as_ref().map(|name| format!("companion {name}")),
             event.policy.as_ref().map(|name| format!("policy {name}")),
-            event.held_millis.map(|millis| format!("held {millis}ms")),
+            event.held_micros.map(|micros| format!("held {}.{:03}ms", micros / 1000, micros % 1000)),
             event.first_instruction.map(|when| format!("{} first instruction", first_instruction(when))),
             event.attach_millis.map(|millis| format!("{millis}ms")),
         ];

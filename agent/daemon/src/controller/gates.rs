@@ -211,7 +211,7 @@ impl Controller {
         let refused_unit = !admission.admits() && entry.workload.subject.runtime == RuntimeKind::Systemd;
         self.metrics.gate(gate, &admission, took);
         let event = kind.map(|kind| {
-            let entry = event_log::Entry::new(kind, text).workload(id).at_gate(gate, millis(took));
+            let entry = event_log::Entry::new(kind, text).workload(id).at_gate(gate, micros(took));
             match self.workloads.get(id).and_then(|entry| entry.plan.as_ref()) {
                 Some(plan) => entry.policy(&plan.policy),
                 None => entry,
@@ -229,8 +229,8 @@ impl Controller {
     }
 }
 
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// What a waiting gate is answered; nothing while that is not known and not due.
