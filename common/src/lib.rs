@@ -1,6 +1,7 @@
-//! The kernel ABI of Pillion: keys and values of the maps that eBPF programs and agent share.
+//! The kernel ABI of Pillion: keys and values of the maps that eBPF programs and agent share. With the feature `hook` also
+//! what `pillion-hook` and the agent say to each other.
 //!
-//! Owns layouts and nothing else; never allocates, never does IO. A change to any layout raises
+//! Owns layouts and messages and nothing else; never does IO, and without that feature never allocates. A change to any layout raises
 //! [`LAYOUT_VERSION`], so that an agent never reads another version's pinned maps.
 //!
 //! Conventions: `repr(C)`, explicit padding, no `bool`, no enum. Addresses are four 32-bit words as the kernel hands
@@ -8,6 +9,11 @@
 //! byte order unless the field's name ends in `_be`.
 #![cfg_attr(not(test), no_std)]
 
+#[cfg(feature = "hook")]
+extern crate alloc;
+
+#[cfg(feature = "hook")]
+pub mod hook;
 mod layout;
 mod slot;
 

@@ -9,7 +9,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("pillion-hook", &["pillion-common"]),
     ("pillion-workload", &[]),
     ("pillion-policy", &["pillion-workload"]),
-    ("pillion-runtime", &["pillion-workload"]),
+    // Of `common` only the protocol of `pillion-hook`.
+    ("pillion-runtime", &["pillion-common", "pillion-workload"]),
     ("pillion-companion", &["pillion-workload"]),
     ("pillion-redirect", &["pillion-common", "pillion-workload"]),
     ("pillion-attachment", &["pillion-companion", "pillion-redirect", "pillion-workload"]),
@@ -17,6 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "pillion",
         &[
             "pillion-attachment",
+            "pillion-common",
             "pillion-companion",
             "pillion-policy",
             "pillion-redirect",
