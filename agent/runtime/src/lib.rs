@@ -11,6 +11,7 @@ mod containerd;
 mod event;
 mod exits;
 mod gate;
+mod hook;
 mod instance;
 mod inventory;
 mod pidfd;
@@ -23,5 +24,6 @@ pub use containerd::{
 pub use event::{RuntimeEvent, SourceName};
 pub use exits::Exits;
 pub use gate::{Admission, Gatekeeper, Hold, Undecided};
+pub use hook::{DescribeError, Described, Engine};
 pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
 pub use process::{ProcessWorkloadError, process_workload, resolve_program};
