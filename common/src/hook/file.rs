@@ -22,8 +22,9 @@ const FILE_LIMIT: usize = 4 << 20;
 #[serde(rename_all = "camelCase")]
 pub struct GateFile {
     version: u32,
-    /// Absolute path of the `pillion` program that wrote it: `admit --offline` of it decides.
-    pub program: String,
+    /// What decides in the agent's place: the absolute path of the `pillion` program that wrote it, and `admit --offline` with
+    /// the flags that it needs. It reads a frame with the request and writes one with the answer.
+    pub command: Vec<String>,
     /// The policies in force.
     pub policies: Vec<GatePolicy>,
     /// For how long hooks are to wait for the agent, in milliseconds.
@@ -84,8 +85,8 @@ impl GateFile {
     pub const LIMIT: usize = FILE_LIMIT;
 
     /// The contents for these policies.
-    pub fn new(program: String, policies: Vec<GatePolicy>, patience_ms: u32) -> Self {
-        Self { version: FILE_VERSION, program, policies, patience_ms }
+    pub fn new(command: Vec<String>, policies: Vec<GatePolicy>, patience_ms: u32) -> Self {
+        Self { version: FILE_VERSION, command, policies, patience_ms }
     }
 
     /// Reads it.
@@ -100,8 +101,8 @@ impl GateFile {
             return Err(GateFileError::Version(version));
         }
         let file: Self = serde_json::from_slice(text).map_err(malformed)?;
-        if !file.program.starts_with('/') {
-            return Err(GateFileError::Malformed("its program is not an absolute path".into()));
+        if !file.command.first().is_some_and(|program| program.starts_with('/')) {
+            return Err(GateFileError::Malformed("its command does not begin with an absolute path".into()));
         }
         Ok(file)
     }

@@ -56,6 +56,10 @@ pub struct Container {
     pub id: ContainerId,
     /// Its first process, as the hook's PID namespace, the host's, numbers it.
     pub pid: i32,
+    /// When that process started, in clock ticks since boot (field 22 of `/proc/PID/stat`), where its runtime keeps it: another process may
+    /// have the pid by now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<u64>,
     /// What its specification says.
     #[serde(default)]
     pub spec: Spec,

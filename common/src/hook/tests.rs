@@ -15,6 +15,7 @@ fn container() -> Container {
             root: Some("/run/containerd/runc/default".into()),
         },
         pid: 4711,
+        started: Some(90210),
         spec: Spec {
             annotations: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
             program: Some("/bin/sh".into()),
@@ -66,7 +67,7 @@ fn the_form_on_the_wire() {
         concat!(
             r#"{"patienceMs":30000,"question":{"container":{"point":"start","id":"web","#,
             r#""bundle":"/run/containerd/io.containerd.runtime.v2.task/default/web","#,
-            r#""root":"/run/containerd/runc/default","pid":4711,"#,
+            r#""root":"/run/containerd/runc/default","pid":4711,"started":90210,"#,
             r#""spec":{"annotations":{"a":"b"},"program":"/bin/sh","cgroupsPath":"/default/web"}}}}"#,
         )
     );
@@ -121,13 +122,13 @@ fn values_that_cannot_be_are_refused() {
 fn the_file_for_hooks_without_an_agent() {
     let policy = |name: &str, on_failure| GatePolicy { name: name.into(), on_failure };
     let policies = vec![policy("a", OnFailure::Open), policy("b", OnFailure::Closed)];
-    let file = GateFile::new("/usr/bin/pillion".into(), policies, 30_000);
+    let file = GateFile::new(vec!["/usr/bin/pillion".into()], policies, 30_000);
     let text = file.to_json().expect("valid");
     assert_eq!(GateFile::parse(&text), Ok(file.clone()));
     assert_eq!(file.closed().collect::<Vec<_>>(), ["b"]);
     assert_eq!(GateFile::parse(br#"{"version":2,"other":1}"#), Err(GateFileError::Version(2)));
     for bad in
-        ["", "{}", "[]", r#"{"version":1}"#, r#"{"version":1,"program":"x","policies":[],"patienceMs":1}"#]
+        ["", "{}", "[]", r#"{"version":1}"#, r#"{"version":1,"command":["x"],"policies":[],"patienceMs":1}"#]
     {
         let error = GateFile::parse(bad.as_bytes()).expect_err(bad);
         assert!(
@@ -153,7 +154,9 @@ proptest! {
         pid in 1..i32::MAX, annotations in proptest::collection::btree_map(".*", ".*", 0..5), patience_ms: u32,
     ) {
         let spec = Spec { annotations, ..Spec::default() };
-        let container = Container { point: Point::CreateRuntime, id: ContainerId { id, bundle, root }, pid, spec };
+        let container = Container {
+            point: Point::CreateRuntime, id: ContainerId { id, bundle, root }, pid, started: None, spec,
+        };
         let request = Request { patience_ms, question: Question::Container(container) };
         prop_assert_eq!(there_and_back(&request), Ok(request));
     }
