@@ -101,7 +101,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let mut sources = Vec::new();
     let mut witness = None;
     if let Some(socket) = config.containerd_socket.get() {
-        let (_task, probe) =
+        let (_task, probe, _resolver) =
             ContainerdSource::spawn(ContainerdConfig::at(socket), runtime_events.clone(), stop.clone());
         sources.push((SourceName::CONTAINERD, RuntimeKind::Containerd));
         witness = Some(probe);

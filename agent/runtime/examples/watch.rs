@@ -15,7 +15,7 @@ async fn main() -> Result<(), serde_json::Error> {
     let config = std::env::args().nth(1).map_or_else(ContainerdConfig::default, ContainerdConfig::at);
     let (events, mut received) = mpsc::channel(64);
     let stop = CancellationToken::new();
-    let (source, probe) = ContainerdSource::spawn(config, events, stop.clone());
+    let (source, probe, _resolver) = ContainerdSource::spawn(config, events, stop.clone());
     loop {
         let event = tokio::select! {
             event = received.recv() => event,

@@ -15,15 +15,18 @@ mod hook;
 mod instance;
 mod inventory;
 mod pidfd;
+mod pod;
 mod process;
 
 pub use cgroup2::{Cgroup2Error, Cgroup2Mounts};
 pub use containerd::{
-    ContainerdConfig, ContainerdSource, FirstInstructionProbe, VersionError, containerd_version,
+    ContainerdConfig, ContainerdResolver, ContainerdSource, FirstInstructionProbe, Resolved, UnresolvedError,
+    VersionError, containerd_version,
 };
 pub use event::{RuntimeEvent, SourceName};
 pub use exits::Exits;
 pub use gate::{Admission, Gatekeeper, Hold, Undecided};
 pub use hook::{DescribeError, Described, Engine};
 pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
+pub use pod::PodError;
 pub use process::{ProcessWorkloadError, process_workload, resolve_program};

@@ -100,16 +100,17 @@ impl Client {
         Ok(answer.tasks)
     }
 
-    /// Gives every container of a namespace to `each`. Streamed, because one message cannot hold some hundred of them
-    /// with their specs.
+    /// Gives every container of a namespace that passes one of the filters to `each`; all of them when there is no
+    /// filter. Streamed, because one message cannot hold some hundred of them with their specs.
     pub(super) async fn containers(
         &self,
         namespace: &str,
+        filters: Vec<String>,
         mut each: impl FnMut(Container),
     ) -> Result<(), ClientError> {
         const RPC: &str = "Containers.ListStream";
         let mut client = ContainersClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT);
-        let request = in_namespace(namespace, ListContainersRequest::default())?;
+        let request = in_namespace(namespace, ListContainersRequest { filters })?;
         within(RPC, self.list_deadline, async {
             let mut stream = rpc(RPC, client.list_stream(request)).await?;
             let mut seen = 0;

@@ -12,16 +12,19 @@
 //!    it is told at once, because the question about its task would wait until its start is over.
 //! 4. Exits of first processes are also seen by pidfd, with containerd or without.
 //!
-//! What is a workload: every task that is created, running or paused, except Kubernetes' sandboxes
-//! (`io.cri-containerd.kind=sandbox`): these run `pause`, which opens no socket, and a companion for it would collide
-//! with those of the pod's containers. The sandbox's labels, which are the pod's, are given to its containers.
+//! What is a workload: every task that is created, running or paused, and every pod of Kubernetes. A pod is its sandbox
+//! (`io.cri-containerd.kind=sandbox`), which is there before and after its containers; these are parts of it and no
+//! workloads. Where a pod has no cgroup of its own (see `pod`) its containers are workloads, with the pod's labels, and
+//! the sandbox is none: it runs `pause`, which opens no socket.
 
 mod cgroup;
 mod client;
 mod events;
 mod look;
+mod members;
 mod probe;
 mod record;
+mod resolver;
 mod session;
 mod source;
 mod work;
@@ -31,6 +34,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 use pillion_workload::{InvalidName, RuntimeKind, WorkloadId};
 
 pub use probe::FirstInstructionProbe;
+pub use resolver::{ContainerdResolver, Resolved, UnresolvedError};
 pub use source::ContainerdSource;
 
 /// Where containerd is, and how patient to be with it.

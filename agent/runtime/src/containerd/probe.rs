@@ -11,7 +11,12 @@
 use pillion_workload::{FirstInstruction, Workload};
 use tokio::sync::watch;
 
-use super::{Key, client::Client, record::first_instruction};
+use super::{
+    Key,
+    client::Client,
+    members,
+    record::{Record, first_instruction},
+};
 use crate::instance::is_alive;
 
 /// Asks containerd whether a workload has begun. Cheap to clone.
@@ -37,6 +42,9 @@ impl FirstInstructionProbe {
         let Some(key) = Key::of(&workload.id) else { return FirstInstruction::Unknown };
         let Some(client) = self.client.borrow().clone() else { return FirstInstruction::Unknown };
         let process = workload.instance.process;
+        if let Some(answer) = self.check_pod(&client, &key, workload).await {
+            return answer;
+        }
         match client.task(&key.namespace, &key.container).await {
             Ok(Some(task)) if i64::from(task.pid) == i64::from(process.pid.0) => {
                 // Another container of the same name could have got the same pid.
@@ -48,6 +56,15 @@ impl FirstInstructionProbe {
                 FirstInstruction::Unknown
             }
         }
+    }
+
+    /// The same for a pod, whose containers are what begins; `None` when the container is no sandbox of one.
+    async fn check_pod(&self, client: &Client, key: &Key, workload: &Workload) -> Option<FirstInstruction> {
+        let record = client.container(&key.namespace, &key.container).await.ok()??;
+        let record = Record::parse(record);
+        record.whole_pod()?;
+        let first = members::of_pod(client, key, &record).await.unwrap_or(FirstInstruction::Unknown);
+        Some(if is_alive(workload.instance.process) { first } else { FirstInstruction::Unknown })
     }
 
     /// What can be said of an attach, from the state just before and just after it came into force. Begun before it is

@@ -13,11 +13,10 @@ use pillion_workload::{FirstInstruction, RuntimeKind, Subject};
 use serde::Deserialize;
 
 use super::Key;
+use crate::pod::{Pod, TEXT_LIMIT};
 
 /// containerd bounds a message to 16 MiB; a spec of even 1 MiB has not been seen.
 const SPEC_LIMIT: usize = 4 << 20;
-/// containerd bounds a label's key and value to 4 KiB together, but not their number; annotations not at all.
-const TEXT_LIMIT: usize = 1 << 20;
 /// `PATH_MAX`.
 const PATH_LIMIT: usize = 4096;
 
@@ -27,7 +26,16 @@ mod cri {
     pub(super) const KIND: &str = "io.cri-containerd.kind";
     pub(super) const SANDBOX: &str = "sandbox";
     pub(super) const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+    /// What the client said of the sandbox, since 1.6 also as annotations of its specification.
+    pub(super) const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
+    pub(super) const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+    pub(super) const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
+    /// The plug-in's own record of a sandbox, an extension of the container's (`store/sandbox/metadata.go`): JSON, and
+    /// the only place that has the pod's annotations, and its labels without those of the sandbox's image.
+    pub(super) const SANDBOX_METADATA: &str = "io.cri-containerd.sandbox.metadata";
+    pub(super) const NAME: &str = "io.kubernetes.pod.name";
     pub(super) const NAMESPACE: &str = "io.kubernetes.pod.namespace";
+    pub(super) const UID: &str = "io.kubernetes.pod.uid";
     pub(super) const CONTAINER: &str = "io.kubernetes.container.name";
 }
 /// The name that nerdctl gives a container.
@@ -42,13 +50,16 @@ pub(super) struct Record {
     executable: Option<PathBuf>,
     /// `linux.cgroupsPath`: what the runtime made the container's cgroup from.
     pub(super) cgroup: Option<String>,
+    /// The pod, of a sandbox.
+    pod: Option<Box<Pod>>,
     /// What could not be read, and why.
     pub(super) faults: Vec<String>,
 }
 
 impl Record {
-    pub(super) fn parse(container: Container) -> Self {
+    pub(super) fn parse(mut container: Container) -> Self {
         let mut faults = Vec::new();
+        let metadata = container.extensions.remove(cri::SANDBOX_METADATA);
         let spec = container.spec.map(|spec| parse_spec(&spec.value)).transpose();
         let spec = spec.unwrap_or_else(|fault| {
             faults.push(fault);
@@ -57,19 +68,49 @@ impl Record {
         let spec = spec.unwrap_or_default();
         let cgroup = spec.linux.and_then(|linux| linux.cgroups_path).filter(|path| path.len() <= PATH_LIMIT);
         let executable = spec.process.and_then(|process| process.args?.into_iter().next()).and_then(absolute);
+        let labels = bounded(container.labels.into_iter().collect(), "labels", &mut faults);
+        let annotations = bounded(spec.annotations.unwrap_or_default(), "annotations", &mut faults);
+        let pod = labels.get(cri::KIND).is_some_and(|kind| kind == cri::SANDBOX).then(|| {
+            let metadata = metadata.map(|metadata| parse_metadata(&metadata.value)).transpose();
+            let metadata = metadata.unwrap_or_else(|fault| {
+                faults.push(fault);
+                None
+            });
+            Box::new(pod(metadata.map(|metadata| metadata.config), &labels, &annotations))
+        });
         Self {
-            labels: bounded(container.labels.into_iter().collect(), "labels", &mut faults),
-            annotations: bounded(spec.annotations.unwrap_or_default(), "annotations", &mut faults),
+            labels,
+            annotations,
             image: Some(container.image).filter(|image| !image.is_empty() && image.len() <= PATH_LIMIT),
             executable,
             cgroup,
+            pod,
             faults,
         }
     }
 
-    /// A pod's sandbox: no workload, but it bears the pod's labels.
-    pub(super) fn is_sandbox(&self) -> bool {
-        self.labels.get(cri::KIND).is_some_and(|kind| kind == cri::SANDBOX)
+    /// The pod, when this is a pod's sandbox.
+    pub(super) fn pod(&self) -> Option<&Pod> {
+        self.pod.as_deref()
+    }
+
+    /// The same, when the cgroup that the sandbox asked for is below one of the pod's own: then the pod is one workload.
+    pub(super) fn whole_pod(&self) -> Option<&Pod> {
+        let parent = self.cgroup.as_deref().and_then(parent)?;
+        self.pod().filter(|pod| pod.owns(&parent))
+    }
+
+    /// Whether this container is a part of the pod with this sandbox, and of its workload.
+    pub(super) fn is_part_of(&self, sandbox: &Self) -> bool {
+        let parents = (self.cgroup.as_deref().and_then(parent), sandbox.cgroup.as_deref().and_then(parent));
+        sandbox.whole_pod().is_some() && parents.0 == parents.1
+    }
+
+    /// The label that the kubelet gives sandboxes and containers alike, when the client of this sandbox does so too.
+    pub(super) fn pod_uid_label(&self) -> Option<(&'static str, &str)> {
+        let uid = self.labels.get(cri::UID)?;
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        (!uid.is_empty() && uid.bytes().all(plain)).then_some((cri::UID, uid))
     }
 
     /// The id of the container's sandbox, in the same containerd namespace. Only CRI's containers have one.
@@ -93,6 +134,44 @@ impl Record {
             executable: self.executable.clone(),
             labels,
         }
+    }
+}
+
+/// The containers of CRI, which are not sandboxes, as a filter for containerd's listing.
+pub(super) fn cri_containers() -> String {
+    format!("labels.{:?}==container", cri::KIND)
+}
+
+/// Where a `linux.cgroupsPath` puts the cgroup: its parent. Of `slice:prefix:name` that is the slice.
+fn parent(cgroups_path: &str) -> Option<PathBuf> {
+    match cgroups_path.split_once(':') {
+        Some((slice, _)) => Some(PathBuf::from(slice)),
+        None => Path::new(cgroups_path).parent().map(Path::to_owned),
+    }
+}
+
+/// What is known of a pod: from the plug-in's own record, else from what it wrote into specification and labels.
+fn pod(
+    config: Option<SandboxConfig>,
+    labels: &BTreeMap<String, String>,
+    annotations: &BTreeMap<String, String>,
+) -> Pod {
+    let SandboxConfig { metadata, labels: own, annotations: of_pod } = config.unwrap_or_default();
+    let text = |told: String, annotation: &str, label: &str| {
+        let kept = || annotations.get(annotation).or_else(|| labels.get(label)).cloned().unwrap_or_default();
+        if told.is_empty() { kept() } else { told }
+    };
+    let without_kind = || {
+        let mut labels = labels.clone();
+        labels.remove(cri::KIND);
+        labels
+    };
+    Pod {
+        name: text(metadata.name, cri::SANDBOX_NAME, cri::NAME),
+        namespace: text(metadata.namespace, cri::SANDBOX_NAMESPACE, cri::NAMESPACE),
+        uid: text(metadata.uid, cri::SANDBOX_UID, cri::UID),
+        labels: own.unwrap_or_else(without_kind),
+        annotations: of_pod.unwrap_or_default(),
     }
 }
 
@@ -133,6 +212,43 @@ fn parse_spec(json: &[u8]) -> Result<Spec, String> {
         return Ok(Spec::default());
     }
     serde_json::from_slice(json).map_err(|error| format!("its spec is not valid: {error}"))
+}
+
+/// The extension of a sandbox's record: `{"Version": "v1", "Metadata": {…}}`, with the configuration that the client of
+/// CRI gave, by Go's names of its JSON.
+#[derive(Debug, Default, Deserialize)]
+struct SandboxMetadata {
+    #[serde(rename = "Config", default)]
+    config: SandboxConfig,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct SandboxConfig {
+    #[serde(default)]
+    metadata: SandboxName,
+    labels: Option<BTreeMap<String, String>>,
+    annotations: Option<BTreeMap<String, String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct SandboxName {
+    name: String,
+    uid: String,
+    namespace: String,
+}
+
+fn parse_metadata(json: &[u8]) -> Result<SandboxMetadata, String> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        #[serde(rename = "Metadata")]
+        metadata: SandboxMetadata,
+    }
+    if json.len() > SPEC_LIMIT {
+        return Err(format!("its sandbox metadata have {} bytes, more than {SPEC_LIMIT}", json.len()));
+    }
+    let parsed = serde_json::from_slice(json).map(|versioned: Versioned| versioned.metadata);
+    parsed.map_err(|error| format!("its sandbox metadata are not valid: {error}"))
 }
 
 fn absolute(program: String) -> Option<PathBuf> {
@@ -203,7 +319,7 @@ mod tests {
     fn describes_containers_of_all_kinds() {
         let pod = [("app", "api"), ("io.kubernetes.pod.namespace", "payments"), ("tier", "pod")];
         let sandbox = Record::parse(container("{}", &[&pod[..], &[(cri::KIND, "sandbox")]].concat()));
-        assert!(sandbox.is_sandbox());
+        assert!(sandbox.pod().is_some());
         assert_eq!(sandbox.sandbox(), None);
         let spec = r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"s1"}}"#;
         let labels = [(cri::KIND, "container"), (cri::CONTAINER, "web"), ("tier", "own")];
@@ -226,7 +342,74 @@ mod tests {
         assert_eq!(nerdctl.name, "db");
     }
 
+    fn sandbox(spec: &str, labels: &[(&str, &str)], metadata: Option<&str>) -> Record {
+        let mut container = container(spec, &[labels, &[(cri::KIND, "sandbox")]].concat());
+        if let Some(metadata) = metadata {
+            let metadata = Any { type_url: "Metadata".into(), value: metadata.into() };
+            container.extensions.insert(cri::SANDBOX_METADATA.to_owned(), metadata);
+        }
+        Record::parse(container)
+    }
+
+    #[test]
+    fn describes_pods() {
+        let metadata = r#"{"Version":"v1","Metadata":{"ID":"s1","Config":{
+            "metadata":{"name":"web-1","uid":"u-1","namespace":"shop","attempt":1},
+            "labels":{"app":"web"},"annotations":{"team":"a"},"linux":{"cgroup_parent":"/pods/podu-1"}}}}"#;
+        let labels = [("app", "web"), ("of-the-image", "x"), (cri::UID, "u-1"), (cri::NAME, "by-label")];
+        let spec = r#"{"linux":{"cgroupsPath":"/pods/podu-1/s1"},
+            "annotations":{"io.kubernetes.cri.sandbox-namespace":"by-annotation"}}"#;
+
+        let told = sandbox(spec, &labels, Some(metadata));
+        let pod = told.whole_pod().expect("the parent is its own");
+        assert_eq!((pod.name.as_str(), pod.namespace.as_str(), pod.uid.as_str()), ("web-1", "shop", "u-1"));
+        assert_eq!(pod.labels, [("app".to_owned(), "web".to_owned())].into());
+        assert_eq!(pod.annotations["team"], "a");
+        assert_eq!(told.pod_uid_label(), Some((cri::UID, "u-1")));
+
+        // Without the extension, or with a broken one: what else there is.
+        for (metadata, faults) in [(None, 0), (Some("{"), 1), (Some(r#"{"Metadata":{"Config":7}}"#), 1)] {
+            let told = sandbox(spec, &labels, metadata);
+            let pod = told.whole_pod().expect("the label has the uid");
+            assert_eq!((pod.name.as_str(), pod.namespace.as_str()), ("by-label", "by-annotation"));
+            assert_eq!(pod.labels.len(), labels.len());
+            assert_eq!(told.faults.len(), faults, "{:?}", told.faults);
+        }
+    }
+
+    #[test]
+    fn a_pod_is_one_workload_only_in_a_cgroup_of_its_own() {
+        let path = |path: &str| format!(r#"{{"linux":{{"cgroupsPath":"{path}"}}}}"#);
+        let labels = [(cri::UID, "a-b")];
+        for (of_sandbox, of_container, whole, part) in [
+            ("/k/poda-b/s1", "/k/poda-b/c1", true, true),
+            ("k-poda_b.slice:cri-containerd:s1", "k-poda_b.slice:cri-containerd:c1", true, true),
+            ("/k8s.io/s1", "/k8s.io/c1", false, false),
+            ("/k/poda-b/s1", "/k8s.io/c1", true, false),
+            ("system.slice:cri-containerd:s1", "system.slice:cri-containerd:c1", false, false),
+            ("/poda-b", "/poda-b", false, false),
+            ("", "", false, false),
+        ] {
+            let sandbox = sandbox(&path(of_sandbox), &labels, None);
+            let container = Record::parse(container(&path(of_container), &[(cri::KIND, "container")]));
+            assert_eq!(sandbox.whole_pod().is_some(), whole, "{of_sandbox}");
+            assert_eq!(container.is_part_of(&sandbox), part, "{of_sandbox} {of_container}");
+        }
+        let odd = sandbox("{}", &[(cri::UID, r#"x" or true"#)], None);
+        assert_eq!(odd.pod_uid_label(), None);
+    }
+
     proptest! {
+        #[test]
+        fn arbitrary_sandboxes_never_panic(metadata: Vec<u8>, path: String, uid: String) {
+            let spec = serde_json::json!({ "linux": { "cgroupsPath": path } }).to_string();
+            let mut container = container(&spec, &[(cri::KIND, "sandbox"), (cri::UID, &uid)]);
+            let metadata = Any { type_url: String::new(), value: metadata };
+            container.extensions.insert(cri::SANDBOX_METADATA.to_owned(), metadata);
+            let record = Record::parse(container);
+            let _ = (record.whole_pod(), record.is_part_of(&record), record.pod_uid_label());
+        }
+
         #[test]
         fn arbitrary_records_never_panic(
             value: Vec<u8>,

@@ -13,7 +13,7 @@ use super::{
     ContainerdConfig, Key,
     client::{Client, ClientError},
     events::{Events, Signal},
-    look::Look,
+    look::{Look, Looked},
     source::{Closed, Tracker},
     work::Work,
 };
@@ -95,7 +95,7 @@ async fn snapshot(
 
 enum Done {
     Glimpsed(Key, Result<Option<Observation>, ClientError>),
-    Looked(Key, Result<Observation, ClientError>),
+    Looked(Key, Result<Looked, ClientError>),
     Answered(Result<String, ClientError>),
 }
 
@@ -181,14 +181,22 @@ async fn answers(client: &Client) -> Done {
 
 async fn take(
     key: &Key,
-    seen: Result<Observation, ClientError>,
+    looked: Result<Looked, ClientError>,
     work: &mut Work,
     tracker: &mut Tracker,
 ) -> Result<(), Closed> {
-    let seen = seen.unwrap_or_else(|error| {
-        tracing::warn!(workload = %key, %error, "cannot look at the workload; trying again");
-        Observation::Unclear
-    });
+    let seen = match looked {
+        Ok(Looked::Seen(seen)) => seen,
+        Ok(Looked::PartOf(sandbox)) => {
+            work.done(key.clone(), true);
+            work.look(sandbox);
+            return Ok(());
+        }
+        Err(error) => {
+            tracing::warn!(workload = %key, %error, "cannot look at the workload; trying again");
+            Observation::Unclear
+        }
+    };
     work.done(key.clone(), seen != Observation::Unclear);
     match key.workload_id() {
         Ok(id) => tracker.observe(&id, seen).await,

@@ -13,7 +13,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{ContainerdConfig, FirstInstructionProbe, Key, client::Client, look::chain, session};
+use super::{
+    ContainerdConfig, ContainerdResolver, FirstInstructionProbe, Key, client::Client, look::chain, session,
+};
 use crate::{
     RuntimeEvent, SourceName,
     backoff::Backoff,
@@ -33,13 +35,13 @@ impl ContainerdSource {
         config: ContainerdConfig,
         events: mpsc::Sender<RuntimeEvent>,
         stop: CancellationToken,
-    ) -> (JoinHandle<()>, FirstInstructionProbe) {
+    ) -> (JoinHandle<()>, FirstInstructionProbe, ContainerdResolver) {
         let (current, probe) = watch::channel(None);
         let tracker = Tracker { inventory: Inventory::default(), exits: Exits::default(), events };
         let task = tokio::spawn(async move {
             stop.run_until_cancelled(run(config, tracker, current)).await;
         });
-        (task, FirstInstructionProbe::new(probe))
+        (task, FirstInstructionProbe::new(probe.clone()), ContainerdResolver::new(probe))
     }
 }
 
