@@ -26,7 +26,7 @@ pub use containerd::{
 pub use event::{RuntimeEvent, SourceName};
 pub use exits::Exits;
 pub use gate::{Admission, Gatekeeper, Hold, Undecided};
-pub use hook::{DescribeError, Described, Engine};
+pub use hook::{AskError, Described, Engine, Engines, FoundUnit, HookGate, ResolveError, UnitManager};
 pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
 pub use pod::PodError;
 pub use process::{ProcessWorkloadError, process_workload, resolve_program};

@@ -1,11 +1,36 @@
 //! Which cgroup is the container's own, when its first process sits deeper.
 //!
-//! Owns the reading of the specification's `linux.cgroupsPath`. Pure: never does IO.
+//! Owns the reading of the specification's `linux.cgroupsPath`. Never creates or moves a cgroup.
 //!
 //! systemd as a container's init moves itself to `…/<container>/init.scope` and starts services beside it. What holds all
 //! of the container is the cgroup that the runtime made.
 
 use std::path::Path;
+
+use pillion_workload::Instance;
+
+use crate::{
+    cgroup2::{Cgroup2Error, inspect},
+    instance::InstanceError,
+};
+
+/// The instance with the runtime's cgroup in place of the one that its first process is in, where that is deeper.
+pub(crate) fn own_cgroup(
+    mut instance: Instance,
+    cgroups_path: Option<&str>,
+) -> Result<Instance, InstanceError> {
+    let path = cgroups_path.and_then(|path| enclosing(&instance.cgroup.path, path));
+    if let Some(path) = path.filter(|path| *path != instance.cgroup.path) {
+        let pid = instance.process.pid;
+        instance.cgroup = match inspect(path.to_owned()) {
+            Ok(cgroup) => cgroup,
+            // An ancestor goes after its descendants, and those after the process.
+            Err(Cgroup2Error::Gone { .. }) => return Err(InstanceError::Gone { pid }),
+            Err(source) => return Err(InstanceError::Cgroup { pid, source }),
+        };
+    }
+    Ok(instance)
+}
 
 /// The runtime's cgroup among `directory` (where the first process is) and its ancestors; `None` when none fits.
 ///

@@ -12,13 +12,13 @@ use pillion_workload::{FirstInstruction, Instance, InvalidName, Pid, Workload, W
 
 use super::{
     Key,
-    cgroup::enclosing,
+    cgroup::{enclosing, own_cgroup},
     client::{Client, ClientError},
     members,
     record::{Record, first_instruction},
 };
 use crate::{
-    cgroup2::{Cgroup2Error, Cgroup2Mounts, inspect},
+    cgroup2::Cgroup2Mounts,
     instance::{InstanceError, instance_in},
     inventory::Observation,
     pod::PodError,
@@ -252,17 +252,7 @@ impl Look {
 
     /// The process in its container's own cgroup.
     pub(super) fn own_instance(&self, pid: Pid, record: &Record) -> Result<Instance, InstanceError> {
-        let mut instance = instance_in(&self.mounts, pid)?;
-        let path = record.cgroup.as_deref().and_then(|path| enclosing(&instance.cgroup.path, path));
-        if let Some(path) = path.filter(|path| *path != instance.cgroup.path) {
-            instance.cgroup = match inspect(path.to_owned()) {
-                Ok(cgroup) => cgroup,
-                // An ancestor goes after its descendants, and those after the process.
-                Err(Cgroup2Error::Gone { .. }) => return Err(InstanceError::Gone { pid }),
-                Err(source) => return Err(InstanceError::Cgroup { pid, source }),
-            };
-        }
-        Ok(instance)
+        own_cgroup(instance_in(&self.mounts, pid)?, record.cgroup.as_deref())
     }
 
     pub(super) fn mounts(&self) -> &Cgroup2Mounts {
@@ -279,7 +269,7 @@ pub(super) fn whole(own: Instance, record: &Record) -> Result<Instance, PodError
 }
 
 /// An error with all of its causes in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
