@@ -32,6 +32,8 @@ use crate::{decision::Decision, places::Places, report::say};
 
 /// Wrong usage, as everywhere in Pillion.
 const USAGE_CODE: u8 = 2;
+/// An `ExecCondition=` that ends with less only skips its unit (systemd.service(5)); of an `ExecStartPre=` any will do.
+const UNIT_FAILS: u8 = 255;
 /// How it is called.
 const USAGE: &str = "\
 usage: pillion-hook [--run-dir DIR] [--state-dir DIR] MODE
@@ -40,7 +42,7 @@ modes:
   createRuntime   as this hook of an OCI runtime: holds the container whose state is on standard input
   prestart        the same, as the older hook
   poststop        as this hook of an OCI runtime: tells the agent that the container has ended
-  systemd UNIT    as ExecStartPre=+ of a systemd unit: holds the unit
+  systemd UNIT    as ExecCondition=+ or ExecStartPre=+ of a systemd unit: holds the unit
   --version       tells its version and ends
 
 Under any other name, such as pillion-runc by a link, it is that container runtime and holds containers at `start`.";
@@ -62,6 +64,7 @@ fn hook(arguments: &[OsString]) -> ExitCode {
     };
     let mode: Option<Vec<&str>> = mode.iter().map(|argument| argument.to_str()).collect();
     let Some(mode) = mode else { return wrong("arguments must be UTF-8") };
+    let mut refusal = ExitCode::FAILURE;
     let decision = match mode[..] {
         ["--version"] => {
             report::print(&format!(
@@ -78,6 +81,7 @@ fn hook(arguments: &[OsString]) -> ExitCode {
         ["systemd", unit] => {
             // A pid fits, or this process would not exist.
             let pid = i32::try_from(std::process::id()).unwrap_or_default();
+            refusal = ExitCode::from(UNIT_FAILS);
             decision::decide(&places, Question::Unit(Unit { name: unit.to_owned(), pid }))
         }
         [mode] => match oci::Hook::named(mode) {
@@ -96,7 +100,7 @@ fn hook(arguments: &[OsString]) -> ExitCode {
         }
         Decision::Refuse(message) => {
             say(&message);
-            ExitCode::FAILURE
+            refusal
         }
     }
 }

@@ -8,7 +8,7 @@ use anyhow::Context;
 use pillion_attachment::{Node, Swept, sweep};
 use pillion_companion::{Host, HostConfig, LogLine, cgroup::CgroupRoots};
 use pillion_redirect::{Bpffs, Dataplane, LoadOptions};
-use pillion_runtime::{ContainerdConfig, ContainerdSource, Gatekeeper, SourceName};
+use pillion_runtime::{ContainerdConfig, ContainerdSource, Engines, Gatekeeper, HookGate, SourceName};
 use pillion_workload::RuntimeKind;
 use prometheus_client::registry::Registry;
 use tokio::{
@@ -26,6 +26,7 @@ use crate::{
     controller::{Beginning, Controller, Parts},
     http::{self, Listener},
     journal::Journal,
+    last_good::LastGood,
     lock::{AgentLock, make_directory},
     memory,
     metrics::{DataplaneCollector, Metrics},
@@ -100,15 +101,19 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let (runtime_events, runtime) = mpsc::channel(QUEUE);
     let mut sources = Vec::new();
     let mut witness = None;
+    let mut engines = Engines::default();
     if let Some(socket) = config.containerd_socket.get() {
-        let (_task, probe, _resolver) =
+        let (_task, probe, resolver) =
             ContainerdSource::spawn(ContainerdConfig::at(socket), runtime_events.clone(), stop.clone());
         sources.push((SourceName::CONTAINERD, RuntimeKind::Containerd));
         witness = Some(probe);
+        engines.containerd = Some(resolver);
     }
 
     // Gates.
-    let (_gatekeeper, holds) = Gatekeeper::new();
+    let (gatekeeper, holds) = Gatekeeper::new();
+    let hooks = HookGate::bind(&config.gate_socket(), gatekeeper.clone(), engines)
+        .with_context(|| format!("cannot listen on {}", config.gate_socket().display()))?;
 
     // Policies.
     let (loads, load_requests) = mpsc::channel(4);
@@ -120,7 +125,18 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
             let _ = policy_loads.send(load).await;
         }
     };
-    tokio::spawn(policy_watch::run(config.policy_dir.clone(), load_requests, deliver, stop.clone()));
+    let last_good = LastGood {
+        state_dir: config.paths.state_dir.clone(),
+        command: offline_command(&config)?,
+        patience: config.hold_limit,
+    };
+    tokio::spawn(policy_watch::run(
+        config.policy_dir.clone(),
+        last_good,
+        load_requests,
+        deliver,
+        stop.clone(),
+    ));
 
     // The controller.
     let mut registry = Registry::default();
@@ -142,16 +158,33 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     // Servers.
     let registry = Arc::new(registry);
     let admin = Admin { requests, loads: loads.clone(), dataplane, metrics, registry };
-    let servers = serve(listeners, &admin, &stop);
+    let mut servers = serve(listeners, &admin, &stop);
+    servers.push(tokio::spawn(hooks.run(stop.clone())));
     notifier.ready();
     info!(socket = %config.admin_socket().display(), "the agent is up");
 
     let ended = wait(&notifier, &admin, &loads, controller, &stop).await;
     drop(runtime_events);
     let _ = timeout(END_LIMIT, futures(servers)).await;
-    let _ = std::fs::remove_file(config.admin_socket());
+    for socket in [config.admin_socket(), config.gate_socket()] {
+        let _ = std::fs::remove_file(socket);
+    }
     drop(lock);
     ended
+}
+
+/// What hooks run when they find no agent.
+fn offline_command(config: &AgentConfig) -> anyhow::Result<Vec<String>> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let state_dir =
+        std::path::absolute(&config.paths.state_dir).context("cannot find the state directory")?;
+    let containerd = config.containerd_socket.to_string();
+    let text = |path: std::path::PathBuf| {
+        path.into_os_string().into_string().ok().context("hooks cannot be told of a path that is not UTF-8")
+    };
+    let flags = ["admit", "--offline", "--state-dir"].map(str::to_owned);
+    let values = [text(state_dir)?, "--containerd-socket".to_owned(), containerd];
+    Ok([text(program)?].into_iter().chain(flags).chain(values).collect())
 }
 
 async fn listen(config: &AgentConfig) -> anyhow::Result<Listeners> {

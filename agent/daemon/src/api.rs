@@ -105,6 +105,9 @@ pub(crate) struct PolicyStatus {
     pub(crate) policies: Vec<PolicySummary>,
     /// Why the newest reload was refused; the policies in force are those of before.
     pub(crate) refused: Option<RefusedReload>,
+    /// Those in force are an earlier agent's, because none could be loaded since.
+    #[serde(default)]
+    pub(crate) of_earlier_agent: bool,
 }
 
 /// A policy in force.

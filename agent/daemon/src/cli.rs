@@ -88,6 +88,9 @@ pub(crate) enum Command {
     Check(CheckArgs),
     /// Remove everything of Pillion from this machine, and prove it
     Cleanup(CleanupArgs),
+    /// Decide about a workload that pillion-hook holds, without an agent
+    #[command(hide = true)]
+    Admit(AdmitArgs),
     /// Print the completion script for a shell
     Completion(CompletionArgs),
     /// Print the version of this program and of the running agent
@@ -357,6 +360,25 @@ pub(crate) struct CleanupArgs {
     pub(crate) paths: Paths,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+/// Arguments of `pillion admit`, which pillion-hook starts.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct AdmitArgs {
+    /// By the policies that were in force last; the request is on stdin, the answer on stdout
+    #[arg(long, required = true)]
+    pub(crate) offline: bool,
+    /// Where the agent kept them
+    #[arg(long, env = "PILLION_STATE_DIR", value_name = "DIR", default_value = "/var/lib/pillion")]
+    pub(crate) state_dir: PathBuf,
+    /// containerd's socket, or 'none'
+    #[arg(
+        long,
+        env = "PILLION_CONTAINERD_SOCKET",
+        value_name = "PATH",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    pub(crate) containerd_socket: OrNone<PathBuf>,
 }
 
 /// Arguments of `pillion completion`.

@@ -3,7 +3,7 @@
 //! Every path can be moved by a flag or an environment variable, so that several agents can run on one machine (each
 //! test has its own). Never touches the file system.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, ValueEnum};
 
@@ -24,6 +24,9 @@ pub(crate) struct AgentConfig {
         default_value = "/run/containerd/containerd.sock"
     )]
     pub(crate) containerd_socket: OrNone<PathBuf>,
+    /// How long a container or unit is held at most until its companions are ready; then its policy's onFailure decides
+    #[arg(long, env = "PILLION_HOLD_LIMIT", value_name = "TIME", default_value = "30s", value_parser = hold_limit)]
+    pub(crate) hold_limit: Duration,
     /// Where /livez, /readyz and /metrics answer, or 'none'
     #[arg(long, env = "PILLION_HTTP_ADDR", value_name = "ADDR", default_value = "127.0.0.1:9464")]
     pub(crate) http_addr: OrNone<SocketAddr>,
@@ -36,6 +39,11 @@ impl AgentConfig {
     /// The admin API's socket.
     pub(crate) fn admin_socket(&self) -> PathBuf {
         self.paths.run_dir.join("admin.sock")
+    }
+
+    /// The socket of `pillion-hook`.
+    pub(crate) fn gate_socket(&self) -> PathBuf {
+        self.paths.run_dir.join(pillion_common::hook::SOCKET)
     }
 
     /// Locked while an agent runs.
@@ -161,6 +169,13 @@ pub(crate) enum NetnsChoice {
     New,
 }
 
+/// The kubelet gives a runtime two minutes and systemd a unit 90 seconds, unless they are told otherwise.
+fn hold_limit(text: &str) -> Result<Duration, String> {
+    let limit = humantime::parse_duration(text).map_err(|error| format!("{error}; write it like 30s"))?;
+    let allowed = Duration::from_secs(1)..=Duration::from_secs(600);
+    if allowed.contains(&limit) { Ok(limit) } else { Err("must be between 1s and 10m".to_owned()) }
+}
+
 fn label(text: &str) -> Result<(String, String), &'static str> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -195,6 +210,14 @@ mod tests {
         assert_eq!(config.http_addr, OrNone(None));
         assert_eq!(config.containerd_socket.get(), Some(&PathBuf::from("/x.sock")));
         assert_eq!(config.admin_socket(), Path::new("/run/pillion/admin.sock"));
+    }
+
+    #[test]
+    fn a_hold_has_its_limits() {
+        assert_eq!(hold_limit("30s"), Ok(Duration::from_secs(30)));
+        for bad in ["0s", "11m", "5", "999ms"] {
+            assert!(hold_limit(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -22,6 +22,8 @@ const VERSION: u32 = 1;
 const MAX_FILE_BYTES: u64 = 1 << 20;
 /// More workloads than a node can run.
 const MAX_RECORDS: usize = 16_384;
+/// The list of workloads that are held detached.
+const HELD: &str = "held.json";
 /// `NAME_MAX` is 255; the rest is for the affixes.
 const MAX_STEM_BYTES: usize = 230;
 
@@ -75,7 +77,7 @@ impl Journal {
     fn open_in_boot(state_dir: &Path, boot: String) -> io::Result<Self> {
         let directory = state_dir.join("attachments");
         DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
-        Ok(Self { directory, held: state_dir.join("held.json"), boot })
+        Ok(Self { directory, held: state_dir.join(HELD), boot })
     }
 
     /// Reads everything. An error means that the directory itself cannot be read.
@@ -164,6 +166,15 @@ impl Ledger for Journal {
     fn erase(&self, workload: &WorkloadId) -> BoxFuture<'_, io::Result<()>> {
         let (journal, workload) = (self.clone(), workload.clone());
         Box::pin(async move { blocking(move || journal.remove(&workload)).await })
+    }
+}
+
+/// Workloads that are held detached, for those who are not the agent: nothing is made, moved or removed.
+pub(crate) fn held_detached(state_dir: &Path) -> Result<BTreeSet<WorkloadId>, String> {
+    let path = state_dir.join(HELD);
+    match path.symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeSet::new()),
+        _ => read(&path).map(|envelope| envelope.body),
     }
 }
 
@@ -304,6 +315,7 @@ mod tests {
         let held = BTreeSet::from([a.workload.id.clone()]);
         journal.write_held(&held).unwrap();
         let loaded = journal.load().unwrap();
+        assert_eq!(held_detached(directory.path()), Ok(held.clone()));
         assert_eq!((loaded.records, loaded.held, loaded.faults), (vec![a.clone(), b.clone()], held, vec![]));
         journal.remove(&a.workload.id).unwrap();
         journal.remove(&a.workload.id).unwrap();

@@ -4,6 +4,7 @@
 //! `launch` enters namespaces, which only a process with one thread can, and is started for every companion.
 
 mod admin;
+mod admit;
 mod agent;
 mod api;
 mod check;
@@ -18,6 +19,7 @@ mod http;
 mod inspect;
 mod inventory;
 mod journal;
+mod last_good;
 mod lock;
 mod memory;
 mod metrics;
@@ -91,6 +93,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Attach(args) => in_background(inspect::attach(args)),
         Command::Detach(args) => in_background(inspect::detach(args)),
         Command::Events(args) => in_background(inspect::events(args)),
+        Command::Admit(args) => in_background(admit::main(args)),
         Command::Check(args) => in_background(check::main(&args)),
         Command::Cleanup(args) => cleanup::main(&args),
         Command::Completion(args) => completion(&args),

@@ -45,8 +45,14 @@ pub(crate) struct FileFault {
 
 /// Reads and parses the directory. Blocks.
 pub(crate) fn load(directory: &Path) -> Result<PolicySet, LoadError> {
+    load_with_files(directory).map(|(policies, _)| policies)
+}
+
+/// The same, with the files that were read.
+pub(crate) fn load_with_files(directory: &Path) -> Result<(PolicySet, Vec<SourceFile>), LoadError> {
     let files = read(directory, Trust::of_this_process())?;
-    pillion_policy::parse(&files).map_err(LoadError::Policy)
+    let policies = pillion_policy::parse(&files).map_err(LoadError::Policy)?;
+    Ok((policies, files))
 }
 
 fn read(directory: &Path, trust: Trust) -> Result<Vec<SourceFile>, LoadError> {

@@ -18,7 +18,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::{policy_files, readable::readable};
+use crate::{
+    last_good::{LastGood, Read},
+    readable::readable,
+};
 
 /// Editors and `kubectl` write in several steps; the files are read once it has been quiet for this long.
 const QUIET: Duration = Duration::from_millis(150);
@@ -32,6 +35,8 @@ const WATCH_RETRY: Duration = Duration::from_secs(30);
 pub(crate) struct PolicyLoad {
     /// The policies, or every fault as text.
     pub(crate) result: Result<PolicySet, String>,
+    /// Those of an earlier agent, to stand in for a first load that failed.
+    pub(crate) fallback: Option<PolicySet>,
     /// Who asked for it and waits until the controller has taken it.
     pub(crate) asker: Option<oneshot::Sender<()>>,
 }
@@ -46,6 +51,7 @@ pub(crate) struct LoadNow {
 /// Loads once, then whenever there is reason to, until cancelled. `deliver` hands a load to the controller.
 pub(crate) async fn run<F>(
     directory: PathBuf,
+    last_good: LastGood,
     mut requests: mpsc::Receiver<LoadNow>,
     deliver: impl Fn(PolicyLoad) -> F + Send + Sync,
     stop: CancellationToken,
@@ -54,14 +60,16 @@ pub(crate) async fn run<F>(
 {
     let mut watch = watch(&directory);
     let mut asker = None;
+    let mut in_force = false;
     loop {
-        let path = directory.clone();
-        let loaded = tokio::task::spawn_blocking(move || policy_files::load(&path)).await;
-        let result = match loaded {
-            Ok(result) => result.map_err(|error| error.to_string()),
-            Err(error) => Err(format!("loading policies failed: {error}")),
-        };
-        deliver(PolicyLoad { result, asker: asker.take() }).await;
+        let (path, last_good) = (directory.clone(), last_good.clone());
+        let read = tokio::task::spawn_blocking(move || last_good.read(&path, !in_force)).await;
+        let Read { result, fallback } = read.unwrap_or_else(|error| Read {
+            result: Err(format!("loading policies failed: {error}")),
+            fallback: None,
+        });
+        in_force |= result.is_ok() || fallback.is_some();
+        deliver(PolicyLoad { result, fallback, asker: asker.take() }).await;
         tokio::select! {
             () = stop.cancelled() => return,
             request = requests.recv() => match request {

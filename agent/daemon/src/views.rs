@@ -74,6 +74,11 @@ fn policies_line(policies: &PolicyStatus) -> String {
     let directory = policies.directory.display();
     match &policies.refused {
         None => format!("{loaded} from {directory}"),
+        Some(refused) if policies.of_earlier_agent => format!(
+            "{} in force, an earlier agent's; those in {directory} were refused {} ago",
+            policies.policies.len(),
+            age(refused.at)
+        ),
         Some(refused) => format!("{loaded} from {directory}; a reload was refused {} ago", age(refused.at)),
     }
 }

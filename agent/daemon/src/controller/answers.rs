@@ -61,8 +61,7 @@ impl Controller {
         let problem = |area: &str, message: String| Problem { area: area.to_owned(), message };
         let mut problems = Vec::new();
         if let Some(refused) = &self.refused {
-            let kept =
-                if self.policies.is_some() { "those of before stay in force" } else { "none are in force" };
+            let kept = self.kept();
             let first = first_fault(&refused.message);
             problems.push(problem(
                 "policy",
@@ -106,6 +105,7 @@ impl Controller {
                 })
                 .collect(),
             refused: self.refused.clone(),
+            of_earlier_agent: self.policies_are_copy,
         }
     }
 

@@ -73,6 +73,8 @@ pub(crate) struct Controller {
     held: BTreeSet<WorkloadId>,
     discarding: BTreeSet<WorkloadId>,
     policies: Option<PolicySet>,
+    /// They are an earlier agent's: what there is now cannot be used.
+    policies_are_copy: bool,
     generation: u64,
     loaded_at: Option<Timestamp>,
     refused: Option<RefusedReload>,
@@ -148,29 +150,18 @@ impl Controller {
             Ok(policies) => {
                 self.metrics.policy_reloads.inc();
                 self.refused = None;
-                if self.policies.as_ref() != Some(&policies) {
-                    self.generation += 1;
-                    self.loaded_at = Some(Timestamp::now());
-                    let message = match policies.policies().len() {
-                        1 => "1 policy is in force".to_owned(),
-                        count => format!("{count} policies are in force"),
-                    };
-                    self.note(EventKind::PolicyLoaded, message);
-                    self.policies = Some(policies);
-                    self.prepare_inbound();
-                    for id in self.workloads.keys().cloned().collect::<Vec<_>>() {
-                        self.decide(&id);
-                        self.reconcile(&id);
-                    }
-                }
+                self.policies_are_copy = false;
+                self.put_in_force(policies);
             }
             Err(message) => {
                 self.metrics.policy_reload_failures.inc();
-                let kept = if self.policies.is_some() {
-                    "those of before stay in force"
-                } else {
-                    "none are in force"
-                };
+                if self.policies.is_none()
+                    && let Some(policies) = load.fallback
+                {
+                    self.policies_are_copy = true;
+                    self.put_in_force(policies);
+                }
+                let kept = self.kept();
                 self.note(EventKind::PolicyRefused, format!("policies were refused, {kept}:\n{message}"));
                 self.refused = Some(RefusedReload { at: Timestamp::now(), message });
             }
@@ -178,6 +169,34 @@ impl Controller {
         if let Some(asker) = load.asker {
             // Who asked has gone: the outcome stands all the same.
             let _ = asker.send(());
+        }
+    }
+
+    fn put_in_force(&mut self, policies: PolicySet) {
+        if self.policies.as_ref() == Some(&policies) {
+            return;
+        }
+        self.generation += 1;
+        self.loaded_at = Some(Timestamp::now());
+        let message = match policies.policies().len() {
+            1 => "1 policy is in force".to_owned(),
+            count => format!("{count} policies are in force"),
+        };
+        self.note(EventKind::PolicyLoaded, message);
+        self.policies = Some(policies);
+        self.prepare_inbound();
+        for id in self.workloads.keys().cloned().collect::<Vec<_>>() {
+            self.decide(&id);
+            self.reconcile(&id);
+        }
+    }
+
+    /// Which policies are in force when the latest were refused.
+    fn kept(&self) -> &'static str {
+        match (&self.policies, self.policies_are_copy) {
+            (Some(_), false) => "those of before stay in force",
+            (Some(_), true) => "those that an earlier agent had last are in force",
+            (None, _) => "none are in force",
         }
     }
 

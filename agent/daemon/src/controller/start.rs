@@ -67,6 +67,7 @@ impl Controller {
             held: loaded.held,
             discarding: BTreeSet::new(),
             policies: None,
+            policies_are_copy: false,
             generation: 0,
             loaded_at: None,
             refused: None,

@@ -12,9 +12,10 @@ use super::{Inventory, InventoryError, Kind, item};
 use crate::config::Paths;
 
 /// What Pillion puts into its run directory.
-const IN_RUN_DIR: [&str; 2] = ["admin.sock", "agent.lock"];
+const IN_RUN_DIR: [&str; 3] = ["admin.sock", "agent.lock", "gate.sock"];
 /// What Pillion puts into its state directory.
-const IN_STATE_DIR: [&str; 5] = ["attachments", "bin", "companions", "held.json", "run"];
+const IN_STATE_DIR: [&str; 7] =
+    ["attachments", "bin", "companions", "gate.json", "held.json", "policies.json", "run"];
 /// Deeper trees are not ours.
 const DEEPEST: usize = 16;
 

@@ -7,7 +7,7 @@ use pillion_workload::{Pid, Workload};
 use tokio::sync::watch;
 
 use super::{
-    Key,
+    ContainerdConfig, Key,
     client::{Client, ClientError},
     look::{Look, NotAWorkload, chain, whole},
     record::Record,
@@ -81,6 +81,13 @@ pub struct ContainerdResolver {
 impl ContainerdResolver {
     pub(super) fn new(client: watch::Receiver<Option<Client>>) -> Self {
         Self { client }
+    }
+
+    /// Connects once, for who asks once. Without a connection every question is answered by that.
+    pub async fn connect(config: &ContainerdConfig) -> Self {
+        let connected = Client::connect(config).await;
+        let connected = connected.inspect_err(|error| tracing::debug!(error = chain(error), "no containerd"));
+        Self { client: watch::channel(connected.ok()).1 }
     }
 
     /// The workload of a container in a containerd namespace whose first process is `pid`, as the source tells it too.
