@@ -15,7 +15,10 @@ use pillion_policy::{PolicySet, SourceFile};
 use pillion_workload::FailureMode;
 use serde::{Deserialize, Serialize};
 
-use crate::{journal::replace_file, policy_files};
+use crate::{
+    journal::{Until, replace_file},
+    policy_files,
+};
 
 /// The copy's name.
 const COPY: &str = "policies.json";
@@ -163,7 +166,7 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 fn replace_if_other(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    if read(path).is_ok_and(|there| there == bytes) { Ok(()) } else { replace_file(path, bytes) }
+    if read(path).is_ok_and(|there| there == bytes) { Ok(()) } else { replace_file(path, bytes, Until::Disk) }
 }
 
 #[cfg(test)]
