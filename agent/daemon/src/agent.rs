@@ -8,7 +8,9 @@ use anyhow::Context;
 use pillion_attachment::{Node, Swept, sweep};
 use pillion_companion::{Host, HostConfig, LogLine, cgroup::CgroupRoots};
 use pillion_redirect::{Bpffs, Dataplane, LoadOptions};
-use pillion_runtime::{ContainerdConfig, ContainerdSource, Engines, Gatekeeper, HookGate, SourceName};
+use pillion_runtime::{
+    ContainerdConfig, ContainerdSource, Engines, Gatekeeper, HookGate, NriConfig, NriGate, SourceName,
+};
 use pillion_workload::RuntimeKind;
 use prometheus_client::registry::Registry;
 use tokio::{
@@ -97,9 +99,10 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     }
     tokio::spawn(log(lines));
 
-    // Sources.
+    // Sources, and the gates that belong to them.
     let (runtime_events, runtime) = mpsc::channel(QUEUE);
     let mut sources = Vec::new();
+    let (gatekeeper, holds) = Gatekeeper::new();
     let mut witness = None;
     let mut engines = Engines::default();
     if let Some(socket) = config.containerd_socket.get() {
@@ -107,11 +110,13 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
             ContainerdSource::spawn(ContainerdConfig::at(socket), runtime_events.clone(), stop.clone());
         sources.push((SourceName::CONTAINERD, RuntimeKind::Containerd));
         witness = Some(probe);
+        if let Some(socket) = config.nri_socket.get() {
+            let (gatekeeper, events) = (gatekeeper.clone(), runtime_events.clone());
+            NriGate::spawn(NriConfig::at(socket), gatekeeper, resolver.clone(), events, stop.clone());
+            sources.push((SourceName::NRI, RuntimeKind::Containerd));
+        }
         engines.containerd = Some(resolver);
     }
-
-    // Gates.
-    let (gatekeeper, holds) = Gatekeeper::new();
     let hooks = HookGate::bind(&config.gate_socket(), gatekeeper.clone(), engines)
         .with_context(|| format!("cannot listen on {}", config.gate_socket().display()))?;
 

@@ -24,6 +24,9 @@ pub(crate) struct AgentConfig {
         default_value = "/run/containerd/containerd.sock"
     )]
     pub(crate) containerd_socket: OrNone<PathBuf>,
+    /// containerd's NRI socket, at which pods' containers are held before their start; used as soon as it is there. 'none' holds nothing here
+    #[arg(long, env = "PILLION_NRI_SOCKET", value_name = "PATH", default_value = "/var/run/nri/nri.sock")]
+    pub(crate) nri_socket: OrNone<PathBuf>,
     /// How long a container or unit is held at most until its companions are ready; then its policy's onFailure decides
     #[arg(long, env = "PILLION_HOLD_LIMIT", value_name = "TIME", default_value = "30s", value_parser = hold_limit)]
     pub(crate) hold_limit: Duration,

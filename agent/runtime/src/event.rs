@@ -14,6 +14,8 @@ pub struct SourceName(&'static str);
 impl SourceName {
     /// The source that watches one containerd.
     pub const CONTAINERD: Self = Self("containerd");
+    /// The gate in containerd's NRI, which tells only whether it is connected.
+    pub const NRI: Self = Self("nri");
     /// The source that watches one Docker Engine.
     pub const DOCKER: Self = Self("docker");
     /// The source that watches Podman.
@@ -40,6 +42,7 @@ impl fmt::Display for SourceName {
 /// Rules that every source keeps:
 /// - The first event is `Up` or `Down`. `Up` is followed by a `Snapshot`, then by `Started`, `Changed` and `Stopped`.
 /// - A `Snapshot` replaces everything that its source told before. It may come at any time while the source is up.
+/// - A gate ([`SourceName::NRI`]) has no workloads: it tells `Up` and `Down` alone.
 /// - `Down` says nothing about workloads: they run on. Only a `Snapshot` that does not mention a workload, or a
 ///   `Stopped`, ends it. `Stopped` may come while the source is down, because exits are also seen without the runtime.
 /// - A workload recreated under the same id is `Stopped`, then `Started`. Within a `Snapshot` it just has another

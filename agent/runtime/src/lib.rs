@@ -14,6 +14,7 @@ mod gate;
 mod hook;
 mod instance;
 mod inventory;
+mod nri;
 mod pidfd;
 mod pod;
 mod process;
@@ -28,5 +29,22 @@ pub use exits::Exits;
 pub use gate::{Admission, Gatekeeper, Hold, Undecided};
 pub use hook::{AskError, Described, Engine, Engines, FoundUnit, HookGate, ResolveError, UnitManager};
 pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
+pub use nri::{NriConfig, NriGate, read_all as read_nri};
 pub use pod::PodError;
 pub use process::{ProcessWorkloadError, process_workload, resolve_program};
+
+/// An error with all of its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        // Many wrappers repeat their cause's text as their own.
+        if !text.ends_with(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -19,13 +19,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pillion_workload::{Instance, Pid, RuntimeKind, Subject};
+use pillion_workload::{Instance, InvalidName, Pid, RuntimeKind, Subject, WorkloadId};
 
 use crate::{
     cgroup2::{Cgroup2Error, Cgroup2Mounts, inspect, read_limited},
     instance::{InstanceError, instance_in},
 };
 
+/// containerd's namespace for everything of Kubernetes (`k8sContainerdNamespace` of its CRI plug-in).
+pub(crate) const NAMESPACE: &str = "k8s.io";
 /// A pod's texts: the API server bounds annotations to 256 KiB, and nobody bounds other clients of CRI.
 pub(crate) const TEXT_LIMIT: usize = 1 << 20;
 /// A sandbox runs `pause`, one process.
@@ -81,6 +83,11 @@ impl PodError {
 }
 
 impl Pod {
+    /// The id of the pod with this sandbox, within containerd's namespace for Kubernetes.
+    pub(crate) fn id(sandbox: &str) -> Result<WorkloadId, InvalidName> {
+        WorkloadId::try_from(format!("{}/{NAMESPACE}/{sandbox}", RuntimeKind::Containerd))
+    }
+
     /// What policies select on. Image and executable are the containers', which differ.
     pub(crate) fn subject(&self) -> Subject {
         let named = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());

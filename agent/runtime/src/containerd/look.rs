@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     cgroup2::Cgroup2Mounts,
+    chain,
     instance::{InstanceError, instance_in},
     inventory::Observation,
     pod::PodError,
@@ -266,20 +267,4 @@ pub(super) fn whole(own: Instance, record: &Record) -> Result<Instance, PodError
         Some(pod) => pod.instance_of_sandbox(&own.cgroup.path, &own),
         None => Ok(own),
     }
-}
-
-/// An error with all of its causes in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        // Many wrappers repeat their cause's text as their own.
-        if !text.ends_with(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
 }

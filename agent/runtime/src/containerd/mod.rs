@@ -34,7 +34,6 @@ use std::{fmt, path::PathBuf, time::Duration};
 use pillion_workload::{InvalidName, RuntimeKind, WorkloadId};
 
 pub(crate) use cgroup::own_cgroup;
-pub(crate) use look::chain;
 pub use probe::FirstInstructionProbe;
 pub use resolver::{ContainerdResolver, Resolved, UnresolvedError};
 pub use source::ContainerdSource;

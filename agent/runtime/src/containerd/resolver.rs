@@ -9,11 +9,12 @@ use tokio::sync::watch;
 use super::{
     ContainerdConfig, Key,
     client::{Client, ClientError},
-    look::{Look, NotAWorkload, chain, whole},
+    look::{Look, NotAWorkload, whole},
     record::Record,
 };
 use crate::{
     cgroup2::{Cgroup2Error, Cgroup2Mounts},
+    chain,
     instance::InstanceError,
     pod::PodError,
 };

@@ -13,12 +13,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    ContainerdConfig, ContainerdResolver, FirstInstructionProbe, Key, client::Client, look::chain, session,
-};
+use super::{ContainerdConfig, ContainerdResolver, FirstInstructionProbe, Key, client::Client, session};
 use crate::{
     RuntimeEvent, SourceName,
     backoff::Backoff,
+    chain,
     exits::Exits,
     inventory::{Inventory, Observation},
 };

@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     cgroup2::{Cgroup2Error, Cgroup2Mounts},
-    containerd::{ContainerdResolver, Resolved, UnresolvedError, chain, own_cgroup},
+    chain,
+    containerd::{ContainerdResolver, Resolved, UnresolvedError, own_cgroup},
     instance::{InstanceError, instance_in},
 };
 

@@ -24,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::resolve::Engines;
 use crate::{
-    containerd::{Resolved, chain},
+    chain,
+    containerd::Resolved,
     gate::{Admission, Gatekeeper},
     instance::start_time,
     pidfd::Pidfd,
