@@ -30,6 +30,7 @@ pub struct Agent {
     pins: PathBuf,
     http: SocketAddr,
     containerd: String,
+    nri: String,
     process: Option<ProcessGuard>,
     /// What agents before this one have logged.
     earlier: String,
@@ -45,6 +46,7 @@ impl Agent {
             http: free_address()?,
             pins: format!("/sys/fs/bpf/pillion-test-{}-{number}", process::id()).into(),
             containerd: containerd.map_or_else(|| "none".into(), |it| it.address().display().to_string()),
+            nri: "none".into(),
             process: None,
             earlier: String::new(),
             directory,
@@ -53,6 +55,13 @@ impl Agent {
             fs::create_dir(&path)?;
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         }
+        Ok(agent)
+    }
+
+    /// An agent for a containerd elsewhere, with its socket and its NRI socket; `none` for what it is to leave alone.
+    pub fn beside(machine: &Machine, containerd: &str, nri: &str) -> Result<Self> {
+        let mut agent = Self::new(machine, None)?;
+        (agent.containerd, agent.nri) = (containerd.to_owned(), nri.to_owned());
         Ok(agent)
     }
 
@@ -92,7 +101,7 @@ impl Agent {
         self.add_paths(&mut command);
         command.arg("--policy-dir").arg(self.policy_dir());
         command.args(["--containerd-socket", &self.containerd, "--http-addr", &self.http.to_string()]);
-        command.args(["--log-format", "json"]);
+        command.args(["--nri-socket", &self.nri, "--log-format", "json"]);
         Ok(command)
     }
 

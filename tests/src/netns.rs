@@ -42,6 +42,12 @@ impl NetNs {
         Ok(netns)
     }
 
+    /// The namespace of a process.
+    pub fn of(pid: u32) -> Result<Self> {
+        let path = format!("/proc/{pid}/ns/net");
+        Ok(Self { file: File::open(&path).with_context(|| format!("cannot open {path}"))? })
+    }
+
     /// Two namespaces on one cable: `10.77.0.1` and `fd77::1` on device `far`, `10.77.0.2` and `fd77::2` on device `near`.
     pub fn pair() -> Result<(Self, Self)> {
         let (near, far) = (Self::new()?, Self::new()?);

@@ -19,6 +19,8 @@ use crate::cgroup2::{Cgroup2Error, Cgroup2Mounts, path_in_hierarchy};
 
 /// `/proc/PID/cgroup` has one line for each hierarchy, each at most a path long.
 const CGROUP_LIMIT: u64 = 1 << 20;
+/// The link to its network namespace, within `/proc/PID`.
+const NETNS: &str = "ns/net";
 /// A runtime moves the first process into its cgroup once; more moves than this while we look are not a workload.
 const ATTEMPTS: u32 = 4;
 
@@ -138,7 +140,7 @@ pub fn executable_of(process: ProcessId) -> Result<PathBuf, InstanceError> {
 
 fn netns_id(file: &std::fs::File, pid: Pid) -> Result<NetnsId, InstanceError> {
     let metadata = file.metadata().map_err(|source| InstanceError::Read {
-        what: "ns/net",
+        what: NETNS,
         pid,
         source: ProcError::Io(source, None),
     })?;
@@ -173,7 +175,7 @@ impl Handle {
     }
 
     fn open_netns(&self) -> Result<std::fs::File, InstanceError> {
-        self.0.open_relative("ns/net").map_err(|source| self.error("ns/net", source))
+        self.0.open_relative(NETNS).map_err(|source| self.error(NETNS, source))
     }
 
     /// Reads until the same path comes twice: the inode then belongs to the cgroup that the process is in.
@@ -201,7 +203,7 @@ impl Handle {
     }
 
     /// ESRCH is how `/proc/PID` says that the process is gone. A zombie answers other errors (its namespaces are
-    /// gone, for example), so ask for its state.
+    /// gone, for example), so ask for its state. On its way there it has lost its namespaces already.
     fn error(&self, what: &'static str, source: ProcError) -> InstanceError {
         let pid = self.pid();
         let gone = |error: &ProcError| match error {
@@ -213,6 +215,7 @@ impl Handle {
             _ => false,
         };
         let dead = match self.0.stat() {
+            Ok(_) if what == NETNS && gone(&source) => true,
             Ok(stat) => matches!(stat.state, 'Z' | 'X' | 'x'),
             Err(error) => gone(&error),
         };

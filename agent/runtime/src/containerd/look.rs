@@ -41,6 +41,8 @@ pub(super) enum NotAWorkload {
         "it runs in the root cgroup, and what is attached there is attached to everything on the machine"
     )]
     Root,
+    #[error("the pod has no cgroup of its own, so its containers are workloads, each for itself")]
+    SharedCgroup,
     #[error(transparent)]
     Name(#[from] InvalidName),
 }
@@ -196,14 +198,6 @@ impl Look {
             Status::Stopped => return Observation::Absent,
             Status::Unknown => return Observation::Unclear,
         }
-        if let Some(pod) = record.pod().filter(|_| record.whole_pod().is_none()) {
-            let (cgroup, uid) = (record.cgroup.as_deref().unwrap_or_default(), &pod.uid);
-            tracing::debug!(
-                workload = %key, cgroup, uid,
-                "the pod has no cgroup of its own: its containers are workloads, each for itself"
-            );
-            return Observation::Absent;
-        }
         let pid = Pid(i32::try_from(task.pid).unwrap_or(0));
         let found = self.own_instance(pid, record).map_err(PodError::from);
         match found.and_then(|instance| whole(instance, record)) {
@@ -226,7 +220,11 @@ impl Look {
     ) -> Observation {
         match self.workload(key, instance, record, sandbox) {
             Ok(workload) => Observation::Present(Box::new(workload), first),
-            Err(error) => {
+            Err(error @ NotAWorkload::SharedCgroup) => {
+                tracing::debug!(workload = %key, %error, "sandbox left alone");
+                Observation::Absent
+            }
+            Err(error @ (NotAWorkload::Root | NotAWorkload::Name(_))) => {
                 tracing::warn!(workload = %key, %error, "container left alone");
                 Observation::Absent
             }
@@ -243,6 +241,9 @@ impl Look {
     ) -> Result<Workload, NotAWorkload> {
         if instance.cgroup.path == self.mounts.mount_point() {
             return Err(NotAWorkload::Root);
+        }
+        if record.pod().is_some() && record.whole_pod().is_none() {
+            return Err(NotAWorkload::SharedCgroup);
         }
         let subject = match record.whole_pod() {
             Some(pod) => pod.subject(),

@@ -122,11 +122,6 @@ impl ContainerdResolver {
             let key = Key::new(namespace, id);
             return Ok(told(look.workload(&key, instance, sandbox, None), Resolved::Member));
         }
-        if record.pod().is_some() && record.whole_pod().is_none() {
-            return Ok(Resolved::Nothing(
-                "the pod has no cgroup of its own: its containers are workloads, each for itself".to_owned(),
-            ));
-        }
         let kind = if record.pod().is_some() { Resolved::Sandbox } else { Resolved::Container };
         let instance = whole(own, &record).map_err(of_pod)?;
         Ok(told(look.workload(&key, instance, &record, sandbox.as_ref()), kind))

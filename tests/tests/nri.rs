@@ -1,0 +1,385 @@
+//! Pods on real containerd 1.7 and 2.x, held by its NRI: what becomes of their very first connections, of pods whose
+//! companions fail or hang, and of everything when agent or containerd go away meanwhile.
+
+use std::{
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+use pillion_tests::{
+    Agent, EchoServer, Lab, Machine, Pod, PodSpec, Pods, on_machine,
+    pods::{GATEWAY, workload},
+    scene::KIND,
+    wait_until,
+};
+use serde_json::Value;
+
+const SOON: Duration = Duration::from_secs(30);
+/// containerd's own timeout for a plug-in's answer.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+const WEB: &[(&str, &str)] = &[("app", "web")];
+const SLEEP: &[&str] = &["sleep", "1000"];
+
+/// A containerd, an agent that does not run yet, and a listener that every pod reaches.
+struct Stage {
+    // In this order they are dropped.
+    agent: Agent,
+    echo: EchoServer,
+    pods: Pods,
+    lab: Lab,
+}
+
+impl Stage {
+    fn new(machine: &Machine, version: &'static str) -> Result<Self> {
+        let lab = Lab::up("containerd", Some(version), &[])?;
+        let pods = Pods::of(&lab)?;
+        let echo = EchoServer::start(&pods.netns()?, "0.0.0.0:8080")?;
+        let agent = Agent::beside(machine, lab.value("CONTAINERD_ADDRESS")?, lab.value("NRI_SOCKET")?)?;
+        Ok(Self { agent, echo, pods, lab })
+    }
+
+    /// The same, and the agent runs and is registered.
+    fn with_agent(machine: &Machine, version: &'static str, policies: &[(&str, String)]) -> Result<Self> {
+        let mut stage = Self::new(machine, version)?;
+        for (name, policy) in policies {
+            stage.agent.policy(name, policy)?;
+        }
+        stage.agent.run()?;
+        stage.until_registered()?;
+        Ok(stage)
+    }
+
+    fn until_registered(&self) -> Result<()> {
+        self.agent.until_status("a registered gate", |status| source(status, "nri") == "up")?;
+        self.agent.until_status("containerd", |status| source(status, "containerd") == "up").map(drop)
+    }
+
+    /// How many connections the relay of a workload has recorded, to a port of the listener's namespace.
+    fn recorded(&self, workload: &str) -> Result<usize> {
+        let records = self.agent.records()?;
+        Ok(records.iter().filter(|record| record["workload"] == workload).count())
+    }
+
+    fn until_recorded(&self, workload: &str, count: usize) -> Result<()> {
+        let found = wait_until("records of the first connections", SOON, || {
+            self.recorded(workload).is_ok_and(|recorded| recorded >= count)
+        });
+        found.with_context(|| format!("{workload} has {:?} of {count}", self.recorded(workload)))
+    }
+
+    fn end(self) -> Result<()> {
+        let Self { agent, echo, pods, lab } = self;
+        agent.end()?;
+        drop((echo, pods));
+        lab.down()
+    }
+}
+
+fn source<'a>(status: &'a Value, name: &str) -> &'a str {
+    let sources = status["sources"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let found = sources.iter().find(|source| source["name"] == name);
+    found.and_then(|source| source["state"].as_str()).unwrap_or("absent")
+}
+
+/// Its first instruction connects; it ends when it has heard the end of the answer.
+fn connect() -> [&'static str; 4] {
+    ["/bin/nc", GATEWAY, "8080", "-w5"]
+}
+
+fn policy(name: &str, app: &str, companion: &str, port: &str, on_failure: &str) -> String {
+    format!(
+        "{KIND}\nmetadata: {{ name: {name} }}\nspec:\n  \
+         select: {{ runtimes: [containerd], namespaces: [shop], labels: {{ app: {app} }} }}\n  \
+         companions: [{companion}]\n  redirect: {{ outbound: [{{ to: \"r{port}\" }}] }}\n  onFailure: {on_failure}\n"
+    )
+}
+
+/// A relay; connections that were missed would not be refused, but lack a record.
+fn relay() -> (&'static str, String) {
+    ("web.yaml", policy("web", "web", "{ name: r, builtin: relay, stopGrace: 1s }", "", "open"))
+}
+
+fn until_gone(path: &Path) -> Result<()> {
+    wait_until(&format!("the end of {}", path.display()), SOON, || !path.exists())
+}
+
+fn first_connections(version: &'static str) -> Result<()> {
+    on_machine(|machine| {
+        let stage = Stage::with_agent(machine, version, &[relay()])?;
+        let pod = stage.pods.run(&PodSpec { name: "web-1", labels: WEB, ..PodSpec::default() })?;
+        // An init container, to its end; then the application.
+        let init = pod.run("init", &connect())?;
+        assert_eq!(pod.exit_code(&init)?, 0);
+        stage.until_recorded(&pod.id(), 1)?;
+        let app = pod.run("app", &connect())?;
+        assert_eq!(pod.exit_code(&app)?, 0);
+        stage.until_recorded(&pod.id(), 2)?;
+
+        let known = stage.agent.workload(&pod.id())?.context("the pod is a workload")?;
+        assert_eq!(known["verdict"], "attached", "{known}");
+        assert_eq!(known["firstInstruction"], "before", "{known}");
+        assert_eq!(known["gate"], "nri", "{known}");
+        let subject = &known["subject"];
+        assert_eq!((&subject["name"], &subject["namespace"]), (&"web-1".into(), &"shop".into()));
+        assert_eq!(subject["labels"]["app"], "web");
+        assert_eq!(subject["labels"]["io.kubernetes.pod.name"], "web-1");
+        assert_eq!(subject["annotations"]["example.org/team"], "a");
+        // What the gate told and what containerd's source told are one workload: nothing was seen to change.
+        let events = known["events"].as_array().context("events")?;
+        let kinds: Vec<_> = events.iter().filter_map(|event| event["kind"].as_str()).collect();
+        assert_eq!(kinds.iter().filter(|kind| **kind == "attached").count(), 1, "{kinds:?}");
+        for container in [&init, &app] {
+            assert_eq!(stage.agent.workload(&workload(container))?, None, "a part of its pod");
+        }
+
+        let host = stage.pods.run(&PodSpec {
+            name: "host",
+            labels: WEB,
+            host_network: true,
+            ..PodSpec::default()
+        })?;
+        let container = host.run("app", &connect())?;
+        assert_eq!(host.exit_code(&container)?, 0);
+        stage.until_recorded(&host.id(), 1)?;
+        let known = stage.agent.workload(&host.id())?.context("the pod is a workload")?;
+        assert_eq!(known["firstInstruction"], "before", "{known}");
+
+        // Without a cgroup of its own a pod is no workload, but its containers are, each for itself.
+        let shared = stage.pods.run(&PodSpec {
+            name: "shared",
+            labels: WEB,
+            shared_cgroup: true,
+            ..PodSpec::default()
+        })?;
+        let one = shared.run("one", &connect())?;
+        assert_eq!(shared.exit_code(&one)?, 0);
+        stage.until_recorded(&workload(&one), 1)?;
+        assert_eq!(stage.agent.workload(&shared.id())?, None);
+
+        // Whom no policy selects has nothing to do with it.
+        let other = stage.pods.run(&PodSpec { name: "other", ..PodSpec::default() })?;
+        let container = other.run("app", &connect())?;
+        assert_eq!(other.exit_code(&container)?, 0);
+        assert_eq!(stage.recorded(&other.id())?, 0);
+
+        let cgroup = known["instance"]["cgroup"]["path"].as_str().context("a path")?.to_owned();
+        let ids = [pod.id(), host.id(), other.id()];
+        for pod in [pod, host, shared, other] {
+            pod.delete()?;
+        }
+        for id in ids {
+            stage.agent.until_forgotten(&id)?;
+        }
+        stage.end()?;
+        until_gone(Path::new(&cgroup))
+    })
+}
+
+#[test]
+fn init_containers_and_applications_are_captured_from_their_first_instruction_by_containerd_1_7() -> Result<()>
+{
+    first_connections("trixie")
+}
+
+#[test]
+fn init_containers_and_applications_are_captured_from_their_first_instruction_by_containerd_2() -> Result<()>
+{
+    first_connections("sid")
+}
+
+/// A companion that ends at once, and one that is never ready, under both failure modes.
+fn failing_policies() -> Vec<(&'static str, String)> {
+    let ready = "ready: { tcp: { port: 15001 }, timeout: 60s }";
+    let failing = format!("{{ name: r, exec: {{ command: [/bin/false] }}, {ready} }}");
+    let hanging = format!("{{ name: r, exec: {{ command: [/bin/sleep, \"1000\"] }}, {ready} }}");
+    vec![
+        ("a.yaml", policy("failing-open", "failing-open", &failing, ":15001", "open")),
+        ("b.yaml", policy("failing-closed", "failing-closed", &failing, ":15001", "closed")),
+        ("c.yaml", policy("hanging-open", "hanging-open", &hanging, ":15001", "open")),
+        ("d.yaml", policy("hanging-closed", "hanging-closed", &hanging, ":15001", "closed")),
+    ]
+}
+
+fn failures(version: &'static str) -> Result<()> {
+    on_machine(|machine| {
+        let stage = Stage::with_agent(machine, version, &failing_policies())?;
+        for app in ["failing-open", "failing-closed", "hanging-open", "hanging-closed"] {
+            let pod =
+                stage.pods.run(&PodSpec { name: app, labels: &[("app", app)], ..PodSpec::default() })?;
+            let container = pod.create("app", &connect())?;
+            let begun = Instant::now();
+            let started = pod.start(&container);
+            let took = begun.elapsed();
+            ensure!(took < REQUEST_TIMEOUT, "{app}: an answer after {took:?} comes too late");
+            match (app.ends_with("open"), started) {
+                (true, Ok(())) => {
+                    assert_eq!(pod.exit_code(&container)?, 0, "{app}: it goes on as if nothing were")
+                }
+                (false, Err(error)) => {
+                    let error = error.to_string();
+                    ensure!(error.contains("pillion") && error.contains(app), "{app}: {error}");
+                }
+                (_, started) => anyhow::bail!("{app}: {started:?}"),
+            }
+            let known = stage.agent.workload(&pod.id())?.context("the pod is a workload")?;
+            assert_eq!(known["gate"], "nri", "{known}");
+            if app.ends_with("closed") {
+                assert_eq!(known["verdict"], "refused", "{known}");
+            }
+            pod.delete()?;
+        }
+        // The gate is still there: no hold was too late.
+        assert_eq!(source(&stage.agent.status()?, "nri"), "up");
+
+        // A pod that is deleted while a container of it is held.
+        let pod = stage.pods.run(&PodSpec {
+            name: "deleted",
+            labels: &[("app", "hanging-closed")],
+            ..PodSpec::default()
+        })?;
+        let container = pod.create("app", SLEEP)?;
+        let id = pod.id();
+        thread::scope(|scope| -> Result<()> {
+            let starting = scope.spawn(|| pod.start(&container));
+            stage.agent.until(&id, "held", |workload| workload["gate"] == "nri")?;
+            pod.stop()?;
+            let started = starting.join().expect("no panic");
+            ensure!(started.is_err(), "it was not started");
+            Ok(())
+        })?;
+        pod.delete()?;
+        stage.agent.until_forgotten(&id)?;
+        stage.end()
+    })
+}
+
+#[test]
+fn a_pod_whose_companions_fail_or_hang_is_answered_in_time_as_its_policy_says_by_containerd_1_7() -> Result<()>
+{
+    failures("trixie")
+}
+
+#[test]
+fn a_pod_whose_companions_fail_or_hang_is_answered_in_time_as_its_policy_says_by_containerd_2() -> Result<()>
+{
+    failures("sid")
+}
+
+fn interruptions(version: &'static str) -> Result<()> {
+    on_machine(|machine| {
+        let mut stage = Stage::new(machine, version)?;
+        stage.agent.policy("web.yaml", &relay().1)?;
+        for (name, policy) in failing_policies() {
+            stage.agent.policy(name, &policy)?;
+        }
+        // Without an agent containerd starts what it is told to; the agent finds it and says that it came late.
+        let early = stage.pods.run(&PodSpec { name: "early", labels: WEB, ..PodSpec::default() })?;
+        early.run("app", SLEEP)?;
+        stage.agent.run()?;
+        stage.until_registered()?;
+        let known = stage.agent.until_verdict(&early.id(), "attached")?;
+        assert_eq!(known["firstInstruction"], "after", "{known}");
+
+        // Killed while it holds: containerd goes on, as with any plug-in that is gone.
+        let held = stage.pods.run(&PodSpec {
+            name: "held",
+            labels: &[("app", "hanging-closed")],
+            ..PodSpec::default()
+        })?;
+        let container = held.create("app", SLEEP)?;
+        thread::scope(|scope| -> Result<()> {
+            let starting = scope.spawn(|| held.start(&container));
+            stage.agent.until(&held.id(), "held", |workload| workload["gate"] == "nri")?;
+            stage.agent.stop(Signal::SIGKILL)?;
+            starting.join().expect("no panic").context("containerd does not wait for the dead")
+        })?;
+        let absent = stage.pods.run(&PodSpec { name: "absent", labels: WEB, ..PodSpec::default() })?;
+        absent.run("app", SLEEP)?;
+
+        // Started again, it adopts, registers, holds, and knows what it has missed.
+        stage.agent.run()?;
+        stage.until_registered()?;
+        stage.agent.until_verdict(&early.id(), "attached")?;
+        let known = stage.agent.until_verdict(&absent.id(), "attached")?;
+        assert_eq!(known["firstInstruction"], "after", "{known}");
+        captured(&stage, "again")?;
+
+        // containerd is killed beneath its pods, and comes back.
+        stage.pods.restart()?;
+        stage.until_registered()?;
+        captured(&stage, "after-restart")?;
+        stage.agent.until_verdict(&early.id(), "attached")?;
+        for pod in [early, held, absent] {
+            pod.delete()?;
+        }
+        stage.end()
+    })
+}
+
+/// A new pod is held, and its first connection captured.
+fn captured(stage: &Stage, name: &str) -> Result<()> {
+    let pod = stage.pods.run(&PodSpec { name, labels: WEB, ..PodSpec::default() })?;
+    let container = pod.run("app", &connect())?;
+    assert_eq!(pod.exit_code(&container)?, 0);
+    stage.until_recorded(&pod.id(), 1)?;
+    let known = stage.agent.workload(&pod.id())?.context("the pod is a workload")?;
+    assert_eq!((&known["firstInstruction"], &known["gate"]), (&"before".into(), &"nri".into()), "{known}");
+    pod.delete()
+}
+
+#[test]
+fn pods_outlive_the_ends_of_agent_and_containerd_and_new_ones_are_held_again_by_containerd_1_7() -> Result<()>
+{
+    interruptions("trixie")
+}
+
+#[test]
+fn pods_outlive_the_ends_of_agent_and_containerd_and_new_ones_are_held_again_by_containerd_2() -> Result<()> {
+    interruptions("sid")
+}
+
+/// As many at once as a drained node's pods come to another.
+const MANY: usize = 50;
+/// Of those, so many are in the making at a time, as a kubelet does it.
+const AT_ONCE: usize = 10;
+
+fn many(version: &'static str) -> Result<()> {
+    on_machine(|machine| {
+        let stage = Stage::with_agent(machine, version, &[relay()])?;
+        let numbers: Vec<usize> = (0..MANY).collect();
+        thread::scope(|scope| -> Result<()> {
+            let workers: Vec<_> = numbers
+                .chunks(MANY / AT_ONCE)
+                .map(|numbers| {
+                    scope.spawn(|| numbers.iter().try_for_each(|number| one_of_many(&stage, *number)))
+                })
+                .collect();
+            workers.into_iter().try_for_each(|worker| worker.join().expect("no panic"))
+        })?;
+        assert_eq!(source(&stage.agent.status()?, "nri"), "up");
+        ensure!(stage.echo.peers().len() == MANY, "{} connections", stage.echo.peers().len());
+        stage.end()
+    })
+}
+
+fn one_of_many(stage: &Stage, number: usize) -> Result<()> {
+    let name = format!("pod-{number}");
+    let pod: Pod<'_> = stage.pods.run(&PodSpec { name: &name, labels: WEB, ..PodSpec::default() })?;
+    let container = pod.run("app", &connect())?;
+    assert_eq!(pod.exit_code(&container)?, 0);
+    stage.until_recorded(&pod.id(), 1)?;
+    pod.delete()
+}
+
+#[test]
+fn fifty_pods_at_once_are_all_captured_by_containerd_1_7() -> Result<()> {
+    many("trixie")
+}
+
+#[test]
+fn fifty_pods_at_once_are_all_captured_by_containerd_2() -> Result<()> {
+    many("sid")
+}
