@@ -103,6 +103,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let (runtime_events, runtime) = mpsc::channel(QUEUE);
     let mut sources = Vec::new();
     let (gatekeeper, holds) = Gatekeeper::new();
+    let mut gates = Vec::new();
     let mut witness = None;
     let mut engines = Engines::default();
     if let Some(socket) = config.containerd_socket.get() {
@@ -112,7 +113,9 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         witness = Some(probe);
         if let Some(socket) = config.nri_socket.get() {
             let (gatekeeper, events) = (gatekeeper.clone(), runtime_events.clone());
-            NriGate::spawn(NriConfig::at(socket), gatekeeper, resolver.clone(), events, stop.clone());
+            let gate =
+                NriGate::spawn(NriConfig::at(socket), gatekeeper, resolver.clone(), events, stop.clone());
+            gates.push(gate);
             sources.push((SourceName::NRI, RuntimeKind::Containerd));
         }
         engines.containerd = Some(resolver);
@@ -170,6 +173,8 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
 
     let ended = wait(&notifier, &admin, &loads, controller, &stop).await;
     drop(runtime_events);
+    // They pass on what the controller has answered at its end.
+    let _ = timeout(END_LIMIT, futures(gates)).await;
     let _ = timeout(END_LIMIT, futures(servers)).await;
     for socket in [config.admin_socket(), config.gate_socket()] {
         let _ = std::fs::remove_file(socket);

@@ -24,6 +24,10 @@ use crate::{
 /// Gates that may wait for one workload at once: a pod has not as many containers.
 const MAX_WAITING: usize = 1024;
 
+/// Why a gate is answered before all is known.
+const LATE: &str = "not attached within the time that the gate allows";
+const ENDS: &str = "the agent ends";
+
 /// Whether a workload is held, shared with the task that attaches it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct HeldState(Arc<AtomicU8>);
@@ -164,6 +168,25 @@ impl Controller {
 
     /// Answers every gate at which the workload waits, as far as that can be decided.
     pub(super) fn answer_gates(&mut self, id: &WorkloadId) {
+        self.answer_gates_as(id, None);
+    }
+
+    /// The agent ends: whoever waits is answered by the failure mode, and not left to what a gate does without an agent.
+    pub(super) fn answer_all_gates(&mut self) {
+        for id in self.workloads.keys().cloned().collect::<Vec<_>>() {
+            self.answer_gates_as(&id, Some(ENDS));
+        }
+        // Those that were not looked at yet.
+        self.inbox.holds.close();
+        while let Ok(Hold { workload, answer, .. }) = self.inbox.holds.try_recv() {
+            let plan = self.policies.as_ref().and_then(|policies| policies.plan_for(&workload.subject));
+            let admission = plan.map_or(Admission::Unmatched, |plan| by_mode(plan, ENDS.to_owned()));
+            // One that has given up needs no answer.
+            drop(answer.map(|answer| answer.send(admission)));
+        }
+    }
+
+    fn answer_gates_as(&mut self, id: &WorkloadId, ending: Option<&str>) {
         let policies_known = self.policies.is_some();
         let Some(entry) = self.workloads.get_mut(id) else { return };
         if entry.gates.waiting.is_empty() {
@@ -175,7 +198,8 @@ impl Controller {
             if waiting.answer.is_closed() {
                 continue;
             }
-            match decision(entry, policies_known, waiting.decide_by <= now) {
+            let late = (waiting.decide_by <= now).then_some(LATE);
+            match decision(entry, policies_known, ending.or(late)) {
                 Some(admission) => told.push((waiting, admission)),
                 None => entry.gates.waiting.push(waiting),
             }
@@ -233,13 +257,13 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// What a waiting gate is answered; nothing while that is not known and not due.
-fn decision(entry: &Entry, policies_known: bool, due: bool) -> Option<Admission> {
+/// What a waiting gate is answered; nothing while that is not known and not `due`, for a reason.
+fn decision(entry: &Entry, policies_known: bool, due: Option<&str>) -> Option<Admission> {
     if entry.held {
         return Some(Admission::Unmatched);
     }
     let Some(plan) = &entry.plan else {
-        return (policies_known || due).then_some(Admission::Unmatched);
+        return (policies_known || due.is_some()).then_some(Admission::Unmatched);
     };
     if entry.is_complete() {
         return Some(Admission::Attached);
@@ -255,9 +279,9 @@ fn decision(entry: &Entry, policies_known: bool, due: bool) -> Option<Admission>
         | Verdict::Held
         | Verdict::Refused
         | Verdict::CannotAttach
-        | Verdict::NotMatched => due.then(|| {
+        | Verdict::NotMatched => due.map(|due| {
             let waited = reason.unwrap_or_else(|| "its companions are not there yet".to_owned());
-            by_mode(plan, format!("not attached within the time that the gate allows: {waited}"))
+            by_mode(plan, format!("{due}: {waited}"))
         }),
     }
 }

@@ -360,6 +360,7 @@ impl Controller {
     /// The agent ends; what is in force stays in force.
     async fn leave(mut self) {
         self.note(EventKind::AgentStopping, "the agent ends; attachments stay in force");
+        self.answer_all_gates();
         self.node.host.leave_all();
         // Those that wait to be heard must not wait for ever.
         self.inbox.reports.close();

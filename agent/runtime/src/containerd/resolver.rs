@@ -91,6 +91,13 @@ impl ContainerdResolver {
         Self { client: watch::channel(connected.ok()).1 }
     }
 
+    /// One whose connection does not come, as long as the other value lives.
+    #[cfg(test)]
+    pub(crate) fn unconnected() -> (Self, Box<dyn std::any::Any + Send>) {
+        let (sender, client) = watch::channel(None);
+        (Self { client }, Box::new(sender))
+    }
+
     /// The workload of a container in a containerd namespace whose first process is `pid`, as the source tells it too.
     /// Waits for a connection to containerd, so give it a deadline.
     pub async fn resolve(

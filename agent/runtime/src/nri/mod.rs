@@ -59,7 +59,8 @@ impl NriConfig {
 pub struct NriGate;
 
 impl NriGate {
-    /// Connects and holds for ever, until `stop` is cancelled or nobody receives events any more. Of events it tells only
+    /// Connects and holds for ever, until `stop` is cancelled or nobody receives events any more; then it waits a moment for
+    /// the answers to what it holds. Of events it tells only
     /// whether it is connected, as [`SourceName::NRI`]: a gate has no workloads of its own. A socket that has never been
     /// there is no failure: this runtime may be without NRI.
     pub fn spawn(
@@ -70,19 +71,17 @@ impl NriGate {
         stop: CancellationToken,
     ) -> JoinHandle<()> {
         let holder = Holder::new(gatekeeper, resolver);
-        tokio::spawn(async move {
-            stop.run_until_cancelled(run(config, holder, events)).await;
-        })
+        tokio::spawn(run(config, holder, events, stop))
     }
 }
 
-async fn run(config: NriConfig, holder: Holder, events: mpsc::Sender<RuntimeEvent>) {
+async fn run(config: NriConfig, holder: Holder, events: mpsc::Sender<RuntimeEvent>, stop: CancellationToken) {
     let mut backoff = Backoff::new(config.backoff);
     let (mut told, mut seen) = (None, false);
     loop {
         seen |= config.socket.exists();
         if seen {
-            let (ended, was_up) = session::run(&config, &holder, &events).await;
+            let (ended, was_up) = session::run(&config, &holder, &events, &stop).await;
             if matches!(ended, SessionError::NobodyListens) {
                 return;
             }
@@ -100,6 +99,11 @@ async fn run(config: NriConfig, holder: Holder, events: mpsc::Sender<RuntimeEven
                 told = Some(error);
             }
         }
-        sleep(backoff.pause()).await;
+        if stop.run_until_cancelled(sleep(backoff.pause())).await.is_none() {
+            return;
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

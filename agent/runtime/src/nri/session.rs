@@ -13,6 +13,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, sleep_until, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{
     NriConfig,
@@ -36,6 +37,8 @@ const PART_USED: (u32, u32) = (4, 5);
 const IN_FLIGHT: usize = 1024;
 /// A runtime that does not read is lost.
 const WRITE_LIMIT: Duration = Duration::from_secs(2);
+/// How long to wait, at the end, for the answers to what is held.
+const END_LIMIT: Duration = Duration::from_millis(500);
 
 /// How a session ended. Sessions end only by errors.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +61,7 @@ pub(super) enum SessionError {
     Closed,
     #[error("the runtime shuts down")]
     Shutdown,
-    #[error("nobody receives events any more")]
+    #[error("the agent ends")]
     NobodyListens,
 }
 
@@ -67,12 +70,15 @@ pub(super) async fn run(
     config: &NriConfig,
     holder: &Holder,
     events: &mpsc::Sender<RuntimeEvent>,
+    stop: &CancellationToken,
 ) -> (SessionError, bool) {
     let connect = |source| SessionError::Connect { socket: config.socket.clone(), source };
-    let stream = match timeout(config.deadline, UnixStream::connect(&config.socket)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return (connect(error), false),
-        Err(_) => return (connect(io::ErrorKind::TimedOut.into()), false),
+    let connecting = timeout(config.deadline, UnixStream::connect(&config.socket));
+    let stream = match stop.run_until_cancelled(connecting).await {
+        Some(Ok(Ok(stream))) => stream,
+        Some(Ok(Err(error))) => return (connect(error), false),
+        Some(Err(_)) => return (connect(io::ErrorKind::TimedOut.into()), false),
+        None => return (SessionError::NobodyListens, false),
     };
     let mut session = Session {
         stream,
@@ -84,7 +90,7 @@ pub(super) async fn run(
         registered: false,
         flights: JoinSet::new(),
     };
-    let result: Result<std::convert::Infallible, SessionError> = session.follow(config, events).await;
+    let result: Result<std::convert::Infallible, SessionError> = session.follow(config, events, stop).await;
     let Err(error) = result;
     (error, session.progress == Progress::Up)
 }
@@ -127,6 +133,7 @@ impl Session {
         &mut self,
         config: &NriConfig,
         events: &mpsc::Sender<RuntimeEvent>,
+        stop: &CancellationToken,
     ) -> Result<std::convert::Infallible, SessionError> {
         let register = RegisterPluginRequest { plugin_name: NAME.to_owned(), plugin_idx: INDEX.to_owned() };
         let request = Request {
@@ -137,7 +144,11 @@ impl Session {
         };
         self.send(Connection::Runtime, Kind::Request, REGISTER, &request.encode_to_vec()).await?;
         let up_by = Instant::now() + config.deadline;
+        let mut ending = None;
         loop {
+            if ending.is_some() && self.flights.is_empty() {
+                return Err(SessionError::NobodyListens);
+            }
             while let Some((connection, message)) = self.decoder.next()? {
                 let was_up = self.progress == Progress::Up;
                 self.take(connection, &message).await?;
@@ -162,7 +173,11 @@ impl Session {
                         after: config.deadline,
                     });
                 }
-                () = events.closed() => return Err(SessionError::NobodyListens),
+                () = stop.cancelled(), if ending.is_none() => ending = Some(Instant::now() + END_LIMIT),
+                () = events.closed(), if ending.is_none() => ending = Some(Instant::now() + END_LIMIT),
+                () = sleep_until(ending.unwrap_or(up_by)), if ending.is_some() => {
+                    return Err(SessionError::NobodyListens);
+                }
             }
         }
     }
