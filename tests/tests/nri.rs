@@ -159,6 +159,24 @@ fn first_connections(version: &'static str) -> Result<()> {
         stage.until_recorded(&workload(&one), 1)?;
         assert_eq!(stage.agent.workload(&shared.id())?, None);
 
+        // What is not CRI's is not held: NRI does not tell of it.
+        let plain = [
+            "ctr",
+            "run",
+            "-d",
+            "--snapshotter",
+            "native",
+            "localhost/busybox:1",
+            "plain",
+            "/bin/sleep",
+            "1000",
+        ];
+        stage.lab.run(&plain)?.success()?;
+        let known = stage.agent.until("containerd/default/plain", "known", |_| true)?;
+        assert_eq!(known["gate"], Value::Null, "{known}");
+        stage.lab.run(&["ctr", "task", "rm", "-f", "plain"])?.success()?;
+        stage.lab.run(&["ctr", "container", "rm", "plain"])?.success()?;
+
         // Whom no policy selects has nothing to do with it.
         let other = stage.pods.run(&PodSpec { name: "other", ..PodSpec::default() })?;
         let container = other.run("app", &connect())?;
@@ -234,6 +252,30 @@ fn failures(version: &'static str) -> Result<()> {
         // The gate is still there: no hold was too late.
         assert_eq!(source(&stage.agent.status()?, "nri"), "up");
 
+        // While one is held, another is started.
+        let held = stage.pods.run(&PodSpec {
+            name: "held",
+            labels: &[("app", "hanging-open")],
+            ..PodSpec::default()
+        })?;
+        let other = stage.pods.run(&PodSpec { name: "other", ..PodSpec::default() })?;
+        let (one, two) = (held.create("app", SLEEP)?, other.create("app", SLEEP)?);
+        thread::scope(|scope| -> Result<()> {
+            let starting = scope.spawn(|| held.start(&one));
+            stage.agent.until(&held.id(), "held", |workload| workload["gate"] == "nri")?;
+            thread::sleep(Duration::from_millis(200));
+            let begun = Instant::now();
+            other.start(&two)?;
+            eprintln!(
+                "MEASURED {version}: other started after {:?}; held finished {}",
+                begun.elapsed(),
+                starting.is_finished()
+            );
+            starting.join().expect("no panic")
+        })?;
+        held.delete()?;
+        other.delete()?;
+
         // A pod that is deleted while a container of it is held.
         let pod = stage.pods.run(&PodSpec {
             name: "deleted",
@@ -282,6 +324,27 @@ fn interruptions(version: &'static str) -> Result<()> {
         stage.until_registered()?;
         let known = stage.agent.until_verdict(&early.id(), "attached")?;
         assert_eq!(known["firstInstruction"], "after", "{known}");
+
+        // Told to end while it holds: what it holds is answered as its policy says.
+        for (app, runs) in [("hanging-closed", false), ("hanging-open", true)] {
+            let pod =
+                stage.pods.run(&PodSpec { name: app, labels: &[("app", app)], ..PodSpec::default() })?;
+            let container = pod.create("app", SLEEP)?;
+            let started = thread::scope(|scope| -> Result<_> {
+                let starting = scope.spawn(|| pod.start(&container));
+                stage.agent.until(&pod.id(), "held", |workload| workload["gate"] == "nri")?;
+                stage.agent.stop(Signal::SIGTERM)?;
+                Ok(starting.join().expect("no panic"))
+            })?;
+            match (runs, started) {
+                (true, Ok(())) => {}
+                (false, Err(error)) => ensure!(error.to_string().contains("the agent ends"), "{error}"),
+                (_, started) => anyhow::bail!("{app}: {started:?}"),
+            }
+            pod.delete()?;
+            stage.agent.run()?;
+            stage.until_registered()?;
+        }
 
         // Killed while it holds: containerd goes on, as with any plug-in that is gone.
         let held = stage.pods.run(&PodSpec {
@@ -360,6 +423,9 @@ fn many(version: &'static str) -> Result<()> {
             workers.into_iter().try_for_each(|worker| worker.join().expect("no panic"))
         })?;
         assert_eq!(source(&stage.agent.status()?, "nri"), "up");
+        for line in stage.agent.get("/metrics")?.1.lines().filter(|line| line.contains("gate_seconds")) {
+            eprintln!("MEASURED {version} {line}");
+        }
         ensure!(stage.echo.peers().len() == MANY, "{} connections", stage.echo.peers().len());
         stage.end()
     })

@@ -223,3 +223,11 @@ async fn a_socket_that_has_never_been_there_is_no_failure() {
     stop.cancel();
     timeout(SOON, gate).await.expect("in time").expect("no panic");
 }
+
+#[test]
+fn the_fuzzers_seeds_are_understood() {
+    for (seed, requests) in [("session", 4), ("refused", 0)] {
+        let path = format!("{}/../../fuzz/seeds/nri/{seed}", env!("CARGO_MANIFEST_DIR"));
+        assert_eq!(read_all(&std::fs::read(path).expect("is there")), requests, "{seed}");
+    }
+}
