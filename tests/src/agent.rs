@@ -39,13 +39,18 @@ pub struct Agent {
 impl Agent {
     /// Directories without policies; nothing runs yet. The agent will leave containerd alone unless there is one.
     pub fn new(machine: &Machine, containerd: Option<&Containerd>) -> Result<Self> {
+        Self::at(machine, containerd.map(Containerd::address).as_deref())
+    }
+
+    /// The same, with the socket of a containerd that need not be there yet.
+    pub fn at(machine: &Machine, containerd: Option<&Path>) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let directory = machine.directory().join(format!("agent.{number}"));
         let agent = Self {
             http: free_address()?,
             pins: format!("/sys/fs/bpf/pillion-test-{}-{number}", process::id()).into(),
-            containerd: containerd.map_or_else(|| "none".into(), |it| it.address().display().to_string()),
+            containerd: containerd.map_or_else(|| "none".into(), |it| it.display().to_string()),
             nri: "none".into(),
             process: None,
             earlier: String::new(),
@@ -74,7 +79,14 @@ impl Agent {
 
     /// Starts it, again perhaps, and waits until it is ready.
     pub fn run(&mut self) -> Result<()> {
-        self.spawn()?;
+        let command = self.command()?;
+        self.run_command(command)
+    }
+
+    /// The same with a [`Agent::command`] that got more flags.
+    pub fn run_command(&mut self, mut command: Command) -> Result<()> {
+        ensure!(self.process.is_none(), "the agent is running");
+        self.process = Some(ProcessGuard::spawn("pillion agent", &mut command)?);
         let up = wait_until("an agent that is ready", DEADLINE, || {
             self.process.as_mut().is_none_or(ProcessGuard::has_ended)
                 || self.get("/readyz").is_ok_and(|(code, _)| code == 200)
@@ -283,6 +295,11 @@ impl Agent {
     /// Where lock and socket are.
     pub fn run_dir(&self) -> PathBuf {
         self.directory.join("run")
+    }
+
+    /// By what `pillion-hook` finds this agent and not the machine's.
+    pub fn environment(&self) -> Vec<(&'static str, PathBuf)> {
+        vec![("PILLION_RUN_DIR", self.run_dir()), ("PILLION_STATE_DIR", self.state_dir())]
     }
 
     /// Where links and maps are pinned.

@@ -35,6 +35,7 @@ pub struct Containerd {
     directory: PathBuf,
     holder: ProcessGuard,
     daemon: Option<ProcessGuard>,
+    environment: Vec<(&'static str, PathBuf)>,
 }
 
 /// A container to run.
@@ -53,6 +54,16 @@ pub struct Container<'a> {
 impl Containerd {
     /// Brings one up, with the image [`image::REFERENCE`]. At most one a test.
     pub fn start(machine: &Machine) -> Result<Self> {
+        Self::start_with(machine, Vec::new())
+    }
+
+    /// Where the socket of a test's containerd is going to be.
+    pub fn socket_of(machine: &Machine) -> PathBuf {
+        machine.directory().join("containerd/containerd.sock")
+    }
+
+    /// The same, with an environment that it hands down to the runtimes that it calls.
+    pub fn start_with(machine: &Machine, environment: Vec<(&'static str, PathBuf)>) -> Result<Self> {
         let directory = machine.directory().join("containerd");
         fs::create_dir(&directory)?;
         let config = format!(
@@ -69,7 +80,7 @@ impl Containerd {
         let mut holder = ProcessGuard::spawn("containerd's namespaces", &mut hold)?;
         holder.stdout_line(DEADLINE, |line| line == "held")?;
 
-        let mut containerd = Self { directory, holder, daemon: None };
+        let mut containerd = Self { directory, holder, daemon: None, environment };
         containerd.start_daemon()?;
         let image = machine.directory().join("image");
         fs::create_dir(&image)?;
@@ -89,6 +100,7 @@ impl Containerd {
     pub fn start_daemon(&mut self) -> Result<()> {
         let mut command = self.inside(&programs::system("containerd")?);
         command.arg("--config").arg(self.directory.join("config.toml"));
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         let mut daemon = ProcessGuard::spawn("containerd", &mut command)?;
         wait_until("an answer from containerd", DEADLINE, || {
             daemon.has_ended() || self.ctr(&["version"]).is_ok_and(|done| done.status.success())

@@ -44,7 +44,8 @@ pub fn archive(directory: &Path) -> Result<PathBuf> {
     Ok(archive)
 }
 
-fn fill(root: &Path) -> Result<()> {
+/// Puts the image's files into the directory `root`, for containers without an image.
+pub fn fill(root: &Path) -> Result<()> {
     for directory in ["bin", "etc", "proc", "sys", "dev", "run", "tmp", "root"] {
         fs::create_dir_all(root.join(directory))?;
     }

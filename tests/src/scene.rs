@@ -67,8 +67,8 @@ impl Scene {
     pub fn new(machine: &Machine) -> Result<Self> {
         let (near, far) = NetNs::pair()?;
         let echo = EchoServer::start(&far, &format!("{FAR}:8080"))?;
-        let containerd = Containerd::start(machine)?;
-        let agent = Agent::new(machine, Some(&containerd))?;
+        let agent = Agent::at(machine, Some(&Containerd::socket_of(machine)))?;
+        let containerd = Containerd::start_with(machine, agent.environment())?;
         Ok(Self { agent, containerd, echo, near, far })
     }
 

@@ -1,0 +1,413 @@
+//! `pillion-hook` with a real containerd and with runc alone: a container whose very first instruction is a connection is held
+//! until its relay is there, and what becomes of it when that does not come, when there is no agent, and when one of the two ends.
+
+use std::{
+    fs,
+    process::Stdio,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use pillion_tests::{
+    EchoServer, Finished, Hooks, Machine, ProcessGuard, Way,
+    containerd::Container,
+    on_machine,
+    scene::{FAR, KIND, Scene, id, source_is, web},
+    wait_for, wait_until,
+};
+use serde_json::Value;
+
+const SOON: Duration = Duration::from_secs(30);
+/// `nc` connects with its first instruction that is not its libraries', says nothing and ends when the other end does.
+const CONNECT: [&str; 3] = ["nc", FAR, "8080"];
+
+/// Everything that `nc` starts as is selected, by its executable for runc alone and by its label for containerd.
+fn policy(companion: &str, on_failure: &str) -> String {
+    format!(
+        "{KIND}\nmetadata: {{ name: gated }}\nspec:\n  \
+         select: {{ runtimes: [containerd], labels: {{ app: web }} }}\n  \
+         companions:\n    - name: side\n      {companion}\n  \
+         redirect: {{ outbound: [{{ to: side }}] }}\n  onFailure: {on_failure}\n---\n\
+         {KIND}\nmetadata: {{ name: gated-plain }}\nspec:\n  \
+         select: {{ runtimes: [process], executables: [/bin/nc] }}\n  \
+         companions:\n    - name: side\n      {companion}\n  \
+         redirect: {{ outbound: [{{ to: side }}] }}\n  onFailure: {on_failure}\n"
+    )
+}
+
+const RELAY: &str = "builtin: relay\n      stopGrace: 1s";
+/// It ends at once.
+const FAILING: &str =
+    "exec: { command: [/usr/bin/false] }\n      ready: { timeout: 2s, tcp: { port: 15001 } }";
+/// It never listens, and may try for longer than any hold lasts.
+const HANGING: &str = "exec: { command: [/bin/sleep, '999'] }\n      ready: { timeout: 60s, tcp: { port: 15001 } }\n      stopGrace: 1s";
+
+struct Stage {
+    scene: Scene,
+    hooks: Hooks,
+}
+
+impl Stage {
+    /// No agent runs yet, and there is no policy.
+    fn new(machine: &Machine) -> Result<Self> {
+        let scene = Scene::new(machine)?;
+        let hooks = Hooks::new(machine, &scene.agent)?;
+        Ok(Self { scene, hooks })
+    }
+
+    fn with_agent(machine: &Machine, policy: &str) -> Result<Self> {
+        let mut stage = Self::new(machine)?;
+        stage.scene.agent.policy("gated.yaml", policy)?;
+        stage.run_agent()?;
+        Ok(stage)
+    }
+
+    fn run_agent(&mut self) -> Result<()> {
+        self.scene.agent.run()?;
+        self.scene.agent.until_status("containerd", source_is("up"))?;
+        self.scene.agent.until_status("policies", |status| status["policies"]["generation"] != 0).map(drop)
+    }
+
+    fn container<'a>(&'a self, name: &'a str, command: &'a [&'a str]) -> Container<'a> {
+        Container { id: name, labels: &[("app", "web")], netns: Some(&self.scene.near), command }
+    }
+
+    /// Runs the container that connects.
+    fn connect(&self, way: Way, name: &str) -> Result<Finished> {
+        self.hooks.finish(way, &self.scene.containerd, &self.container(name, &CONNECT))
+    }
+
+    /// How many connections came to the echo server.
+    fn arrived(&self) -> usize {
+        self.scene.echo.peers().len()
+    }
+
+    /// Runs the container that connects, and demands that it ran and whether its connection was redirected.
+    fn connects(&self, way: Way, name: &str, redirected: u64) -> Result<Finished> {
+        let before = (self.scene.redirected()?, self.arrived());
+        let done = self.connect(way, name)?;
+        ensure!(done.status.success(), "{way:?} {name}: {}", done.stderr);
+        wait_until("its connection", SOON, || self.arrived() > before.1)?;
+        let now = (self.scene.redirected()?, self.arrived());
+        ensure!(now == (before.0 + redirected, before.1 + 1), "{way:?} {name}: {before:?}, then {now:?}");
+        Ok(done)
+    }
+
+    /// Runs it, and demands that it did not, and that what is said names Pillion, the policy and `words`.
+    fn is_refused(&self, way: Way, name: &str, words: &str) -> Result<()> {
+        let before = self.arrived();
+        let done = self.connect(way, name)?;
+        ensure!(!done.status.success(), "{way:?} {name} ran");
+        for part in ["pillion: ", "gated", words] {
+            ensure!(done.stderr.contains(part), "{way:?} {name}: no {part:?} in: {}", done.stderr);
+        }
+        assert_eq!(self.arrived(), before, "{way:?} {name} was refused, and connected");
+        Ok(())
+    }
+
+    /// Starts it, without waiting for anything.
+    fn begin(&self, way: Way, name: &str) -> Result<ProcessGuard> {
+        let mut command = self.hooks.run(way, &self.scene.containerd, &self.container(name, &CONNECT))?;
+        ProcessGuard::spawn(name, &mut command)
+    }
+
+    /// Waits until the agent holds some workload at the way's gate; returns its id.
+    fn until_held(&self, way: Way) -> Result<String> {
+        wait_for("a held workload", SOON, || {
+            let list = self.scene.agent.json(&["list"]).ok()?;
+            let held =
+                |workload: &Value| workload["verdict"] == "attaching" && workload["gate"] == way.gate();
+            let found = list["workloads"].as_array()?.iter().find(|workload| held(workload))?.clone();
+            found["id"].as_str().map(str::to_owned)
+        })
+    }
+
+    /// Waits until the agent knows no workload.
+    fn until_empty(&self) -> Result<()> {
+        wait_until("an agent that knows no workload", SOON, || {
+            self.scene
+                .agent
+                .json(&["list"])
+                .is_ok_and(|list| list["workloads"].as_array().is_some_and(Vec::is_empty))
+        })
+    }
+
+    fn end(self) -> Result<()> {
+        let Self { scene, hooks } = self;
+        drop(hooks);
+        scene.end()
+    }
+}
+
+#[test]
+fn the_first_instruction_is_captured_by_every_way() -> Result<()> {
+    on_machine(|machine| {
+        let stage = Stage::with_agent(machine, &policy(RELAY, "closed"))?;
+        for way in Way::ALL {
+            for number in 0..5 {
+                stage.connects(way, &format!("{}-{number}", way.gate()), 1)?;
+            }
+            stage.until_empty()?;
+        }
+        let events = stage.scene.agent.cli(&["events", "-o", "json"])?.success()?.stdout;
+        let events: Vec<Value> = events.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        let attached: Vec<&Value> = events.iter().filter(|event| event["kind"] == "admitted").collect();
+        assert_eq!(attached.len(), 5 * Way::ALL.len());
+        for gate in ["wrapper", "hook"] {
+            assert_eq!(attached.iter().filter(|event| event["gate"] == gate).count(), 10, "{attached:?}");
+        }
+        let (_, metrics) = stage.scene.agent.get("/metrics")?;
+        ensure!(metrics.contains("pillion_gate_seconds"), "{metrics}");
+        stage.end()
+    })
+}
+
+#[test]
+fn the_agent_says_what_it_held_and_when() -> Result<()> {
+    on_machine(|machine| {
+        let stage = Stage::with_agent(machine, &policy(RELAY, "closed"))?;
+        for way in [Way::Wrapper, Way::Hook] {
+            let name = way.gate();
+            let mut command =
+                stage.hooks.run(way, &stage.scene.containerd, &stage.container(name, &CONNECT))?;
+            // Its input stays open, so it runs until it is told otherwise.
+            let mut running = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
+            let workload = stage.scene.agent.until_verdict(&id(name), "attached");
+            drop(running.stdin.take());
+            running.wait()?;
+            let workload = workload?;
+            assert_eq!(workload["firstInstruction"], "before", "{workload}");
+            assert_eq!(workload["gate"], way.gate(), "{workload}");
+            stage.scene.agent.until_forgotten(&id(name))?;
+        }
+        // What no policy selects passes, and is known all the same.
+        let other = Container { labels: &[], ..stage.container("other", &CONNECT) };
+        let before = stage.scene.redirected()?;
+        stage.hooks.finish(Way::Wrapper, &stage.scene.containerd, &other)?.success()?;
+        assert_eq!(stage.scene.redirected()?, before);
+        stage.end()
+    })
+}
+
+fn failing_and_hanging(machine: &Machine, ways: [Way; 2]) -> Result<()> {
+    let mut stage = Stage::new(machine)?;
+    for (companion, words) in [(FAILING, "side"), (HANGING, "not attached within the time")] {
+        for (on_failure, refused) in [("open", false), ("closed", true)] {
+            stage.scene.agent.policy("gated.yaml", &policy(companion, on_failure))?;
+            let mut command = stage.scene.agent.command()?;
+            command.args(["--hold-limit", "4s"]);
+            stage.scene.agent.run_command(command)?;
+            stage.scene.agent.until_status("containerd", source_is("up"))?;
+            stage.scene.agent.until_status("policies", |status| status["policies"]["generation"] != 0)?;
+            for way in ways {
+                let name = format!("{on_failure}-{}-{}", way.gate(), words.len());
+                if refused {
+                    stage.is_refused(way, &name, words)?;
+                } else {
+                    stage.connects(way, &name, 0)?;
+                }
+            }
+            stage.until_empty()?;
+            stage.scene.agent.stop(Signal::SIGTERM)?;
+        }
+    }
+    stage.end()
+}
+
+#[test]
+fn failing_and_hanging_companions_with_containerd() -> Result<()> {
+    on_machine(|machine| failing_and_hanging(machine, [Way::Wrapper, Way::Hook]))
+}
+
+#[test]
+fn failing_and_hanging_companions_with_runc_alone() -> Result<()> {
+    on_machine(|machine| failing_and_hanging(machine, [Way::PlainWrapper, Way::PlainHook]))
+}
+
+#[test]
+fn without_an_agent_the_policies_that_were_in_force_decide() -> Result<()> {
+    on_machine(|machine| {
+        let mut stage = Stage::new(machine)?;
+        let runs = |stage: &Stage, way: Way, name: &str| -> Result<Finished> {
+            let before = stage.arrived();
+            let done = stage.connect(way, name)?;
+            ensure!(done.status.success(), "{way:?} {name}: {}", done.stderr);
+            wait_until("its connection", SOON, || stage.arrived() == before + 1)?;
+            Ok(done)
+        };
+        // There never was one.
+        for way in Way::ALL {
+            let done = runs(&stage, way, &format!("never-{}", way.gate()))?;
+            ensure!(!done.stderr.contains("pillion"), "{way:?}: {}", done.stderr);
+        }
+        for (on_failure, signal) in
+            [("open", Signal::SIGTERM), ("closed", Signal::SIGTERM), ("closed", Signal::SIGKILL)]
+        {
+            stage.scene.agent.policy("gated.yaml", &policy(RELAY, on_failure))?;
+            stage.run_agent()?;
+            stage.scene.agent.stop(signal)?;
+            for way in Way::ALL {
+                let name = format!("{on_failure}-{}", way.gate());
+                match on_failure {
+                    "open" => _ = runs(&stage, way, &name)?,
+                    _ => stage.is_refused(way, &name, "no agent is running; refused, as policy gated")?,
+                }
+            }
+            // What no closed policy selects is told apart exactly.
+            let other = Container { labels: &[], ..stage.container("other", &CONNECT) };
+            let before = stage.arrived();
+            stage.hooks.finish(Way::Wrapper, &stage.scene.containerd, &other)?.success()?;
+            wait_until("its connection", SOON, || stage.arrived() == before + 1)?;
+        }
+        // The copy is lost: refused as long as that is not known to be open.
+        fs::remove_file(stage.scene.agent.state_dir().join("policies.json"))?;
+        stage.is_refused(Way::Wrapper, "no-copy", "admit --offline")?;
+        // And again with an agent.
+        stage.run_agent()?;
+        stage.connects(Way::Wrapper, "again", 1)?;
+        // Cleaned up, it is as if there never was one.
+        stage.scene.agent.stop(Signal::SIGTERM)?;
+        stage.scene.agent.cleanup(&["--yes"])?.success()?;
+        runs(&stage, Way::Wrapper, "clean")?;
+        stage.end()
+    })
+}
+
+#[test]
+fn an_agent_that_is_killed_or_stopped_while_it_holds() -> Result<()> {
+    on_machine(|machine| {
+        let mut stage = Stage::new(machine)?;
+        for (on_failure, signal) in
+            [("open", Signal::SIGKILL), ("closed", Signal::SIGKILL), ("closed", Signal::SIGTERM)]
+        {
+            stage.scene.agent.policy("gated.yaml", &policy(HANGING, on_failure))?;
+            stage.run_agent()?;
+            for way in [Way::Wrapper, Way::Hook, Way::PlainWrapper] {
+                if stage.scene.agent.process().is_err() {
+                    stage.run_agent()?;
+                }
+                let before = stage.arrived();
+                let mut running = stage.begin(way, &format!("{on_failure}-{}", way.gate()))?;
+                stage.until_held(way)?;
+                stage.scene.agent.stop(signal)?;
+                let status = running.exit(SOON)?;
+                let said = running.stderr()?;
+                if on_failure == "open" {
+                    ensure!(status.success(), "{way:?}: {said}");
+                    wait_until("its connection", SOON, || stage.arrived() == before + 1)?;
+                } else {
+                    ensure!(!status.success(), "{way:?} ran");
+                    ensure!(said.contains("pillion: ") && said.contains("policy gated"), "{way:?}: {said}");
+                    assert_eq!(stage.arrived(), before);
+                }
+            }
+            // Nothing stays of what was being attached.
+            stage.run_agent()?;
+            stage.until_empty()?;
+            stage.scene.agent.stop(Signal::SIGTERM)?;
+        }
+        stage.end()
+    })
+}
+
+#[test]
+fn an_agent_that_hangs_is_not_waited_for_without_end() -> Result<()> {
+    on_machine(|machine| {
+        let mut stage = Stage::new(machine)?;
+        stage.scene.agent.policy("gated.yaml", &policy(RELAY, "closed"))?;
+        let mut command = stage.scene.agent.command()?;
+        command.args(["--hold-limit", "2s"]);
+        stage.scene.agent.run_command(command)?;
+        stage.scene.agent.until_status("policies", |status| status["policies"]["generation"] != 0)?;
+        stage.scene.agent.process()?.signal(Signal::SIGSTOP)?;
+        let since = Instant::now();
+        let refused = stage.is_refused(Way::PlainWrapper, "hanging", "the agent gave no answer in time");
+        let took = since.elapsed();
+        stage.scene.agent.process()?.signal(Signal::SIGCONT)?;
+        refused?;
+        ensure!(took > Duration::from_secs(2) && took < Duration::from_secs(20), "{took:?}");
+        stage.end()
+    })
+}
+
+#[test]
+fn a_container_that_is_killed_while_it_is_held() -> Result<()> {
+    on_machine(|machine| {
+        let stage = Stage::with_agent(machine, &policy(HANGING, "closed"))?;
+        for way in Way::ALL {
+            let name = format!("killed-{}", way.gate());
+            let mut running = stage.begin(way, &name)?;
+            stage.until_held(way)?;
+            let pid = wait_for("its process", SOON, || stage.hooks.pid(&name))?;
+            let since = Instant::now();
+            kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+            let status = running.exit(SOON)?;
+            ensure!(!status.success(), "{way:?} {name} ran");
+            ensure!(since.elapsed() < Duration::from_secs(10), "{way:?}: held on for {:?}", since.elapsed());
+            stage.until_empty()?;
+        }
+        assert_eq!(stage.arrived(), 0);
+        stage.end()
+    })
+}
+
+#[test]
+fn fifty_at_once() -> Result<()> {
+    on_machine(|machine| {
+        let stage = Stage::with_agent(machine, &policy(RELAY, "closed"))?;
+        let servers: Vec<EchoServer> = (0..50_u16)
+            .map(|number| EchoServer::start(&stage.scene.far, &format!("{FAR}:{}", 9000 + number)))
+            .collect::<Result<_>>()?;
+        let faults: Vec<String> = thread::scope(|scope| {
+            let run = |(number, server): (usize, &EchoServer)| {
+                let stage = &stage;
+                let port = server.address().port().to_string();
+                scope.spawn(move || -> Result<()> {
+                    let (name, command) = (format!("many-{number}"), ["nc", FAR, port.as_str()]);
+                    let way = if number % 2 == 0 { Way::Wrapper } else { Way::Hook };
+                    let done = stage.hooks.finish(
+                        way,
+                        &stage.scene.containerd,
+                        &stage.container(&name, &command),
+                    )?;
+                    done.success().map(drop)
+                })
+            };
+            let running: Vec<_> = servers.iter().enumerate().map(run).collect();
+            let results = running.into_iter().map(|it| it.join().expect("no panic"));
+            results.filter_map(|result| Some(format!("{:#}", result.err()?))).collect()
+        });
+        ensure!(faults.is_empty(), "{faults:?}");
+        for (number, server) in servers.iter().enumerate() {
+            assert_eq!(server.peers().len(), 1, "connections of number {number}");
+        }
+        assert_eq!(stage.scene.redirected()?, 50);
+        stage.until_empty()?;
+        stage.end()
+    })
+}
+
+#[test]
+fn policies_that_went_bad_are_stood_in_for_by_the_last_good_ones() -> Result<()> {
+    on_machine(|machine| {
+        let mut stage = Stage::with_agent(machine, &policy(RELAY, "closed"))?;
+        stage.scene.agent.stop(Signal::SIGKILL)?;
+        stage.scene.agent.policy("gated.yaml", "kind: Nonsense\n")?;
+        stage.run_agent()?;
+        let status = stage.scene.agent.status()?;
+        assert_eq!(status["policies"]["ofEarlierAgent"], true, "{status}");
+        assert_eq!(status["policies"]["policies"].as_array().map(Vec::len), Some(2), "{status}");
+        ensure!(status.to_string().contains("an earlier agent had last"), "{status}");
+        stage.connects(Way::Wrapper, "by-the-copy", 1)?;
+        stage.scene.agent.policy("gated.yaml", &web("open", ""))?;
+        stage.scene.agent.until_status("the new ones", |status| {
+            status["policies"]["ofEarlierAgent"] == false && status["policies"]["refused"].is_null()
+        })?;
+        stage.end()
+    })
+}
