@@ -4,22 +4,26 @@
 
 use std::{
     fs,
+    net::SocketAddrV4,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use crate::{
     Agent, Containerd, Finished, Machine, ProcessGuard, cgroup,
     containerd::{Container, NAMESPACE},
-    image, programs,
+    first, image, programs,
 };
 
 /// Longer than a hold.
 const DEADLINE: Duration = Duration::from_secs(90);
+
+/// The program in every container here whose first instruction connects; see [`first`].
+pub const FIRST: &str = "/bin/first";
 
 /// By which way a container's start comes to the hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,11 +63,12 @@ pub struct Hooks {
 }
 
 impl Hooks {
-    /// A root file system, and the wrapper. At most one a test.
-    pub fn new(machine: &Machine, agent: &Agent) -> Result<Self> {
+    /// A root file system with [`FIRST`], which connects to `server`, and the wrapper. At most one a test.
+    pub fn new(machine: &Machine, agent: &Agent, server: SocketAddrV4) -> Result<Self> {
         let directory = machine.directory().join("hooked");
         fs::create_dir(&directory)?;
         image::fill(&directory.join("root"))?;
+        first::build(&directory.join("root/bin"), "first", server)?;
         symlink(programs::hook()?, directory.join("pillion-runc"))?;
         Ok(Self { directory, environment: agent.environment() })
     }
@@ -79,6 +84,11 @@ impl Hooks {
             Way::Wrapper => {
                 let mut command = containerd.ctr_command()?;
                 command.args(["run", "--rm", "--runc-binary"]).arg(self.wrapper());
+                let program = self.directory.join("root/bin/first");
+                command.args([
+                    "--mount",
+                    &format!("type=bind,src={},dst={FIRST},options=bind:ro", program.display()),
+                ]);
                 container.finish(&mut command);
                 Ok(command)
             }
@@ -147,17 +157,11 @@ impl Hooks {
             Some(netns) => serde_json::json!({ "type": "network", "path": netns.path() }),
             None => serde_json::json!({ "type": "network" }),
         };
-        // A name is taken from PATH by the runtime; policies select absolute paths.
-        let (program, arguments) = container.command.split_first().context("a container runs something")?;
-        let program =
-            if program.starts_with('/') { (*program).to_owned() } else { format!("/bin/{program}") };
-        let arguments: Vec<String> =
-            [program].into_iter().chain(arguments.iter().map(ToString::to_string)).collect();
         let annotations: serde_json::Map<String, serde_json::Value> =
             container.labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())).collect();
         Ok(serde_json::json!({
             "ociVersion": "1.0.2",
-            "process": { "user": { "uid": 0, "gid": 0 }, "args": arguments, "cwd": "/", "env": ["PATH=/bin"] },
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": container.command, "cwd": "/", "env": ["PATH=/bin"] },
             "root": { "path": self.directory.join("root"), "readonly": true },
             "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
             "hooks": hooks,

@@ -3,19 +3,21 @@
 
 use std::{
     fs,
+    net::SocketAddr,
     process::Stdio,
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use pillion_tests::{
-    EchoServer, Finished, Hooks, Machine, ProcessGuard, Way,
+    Finished, Hooks, Machine, ProcessGuard, Way,
     containerd::Container,
+    hooked::FIRST,
     on_machine,
     scene::{FAR, KIND, Scene, id, source_is, web},
     wait_for, wait_until,
@@ -23,10 +25,10 @@ use pillion_tests::{
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(30);
-/// `nc` connects with its first instruction that is not its libraries', says nothing and ends when the other end does.
-const CONNECT: [&str; 3] = ["nc", FAR, "8080"];
+/// Its first instruction connects.
+const CONNECT: [&str; 1] = [FIRST];
 
-/// Everything that `nc` starts as is selected, by its executable for runc alone and by its label for containerd.
+/// The program is selected by its container's label where containerd runs it, and by its path where runc does alone.
 fn policy(companion: &str, on_failure: &str) -> String {
     format!(
         "{KIND}\nmetadata: {{ name: gated }}\nspec:\n  \
@@ -34,7 +36,7 @@ fn policy(companion: &str, on_failure: &str) -> String {
          companions:\n    - name: side\n      {companion}\n  \
          redirect: {{ outbound: [{{ to: side }}] }}\n  onFailure: {on_failure}\n---\n\
          {KIND}\nmetadata: {{ name: gated-plain }}\nspec:\n  \
-         select: {{ runtimes: [process], executables: [/bin/nc] }}\n  \
+         select: {{ runtimes: [process], executables: [{FIRST}] }}\n  \
          companions:\n    - name: side\n      {companion}\n  \
          redirect: {{ outbound: [{{ to: side }}] }}\n  onFailure: {on_failure}\n"
     )
@@ -56,7 +58,10 @@ impl Stage {
     /// No agent runs yet, and there is no policy.
     fn new(machine: &Machine) -> Result<Self> {
         let scene = Scene::new(machine)?;
-        let hooks = Hooks::new(machine, &scene.agent)?;
+        let SocketAddr::V4(server) = scene.echo.address() else {
+            bail!("the echo server has an IPv4 address")
+        };
+        let hooks = Hooks::new(machine, &scene.agent, server)?;
         Ok(Self { scene, hooks })
     }
 
@@ -107,6 +112,17 @@ impl Stage {
             ensure!(done.stderr.contains(part), "{way:?} {name}: no {part:?} in: {}", done.stderr);
         }
         assert_eq!(self.arrived(), before, "{way:?} {name} was refused, and connected");
+        self.forget(name)
+    }
+
+    /// Removes what `ctr run` leaves of a container that did not start, as engines do by themselves.
+    fn forget(&self, name: &str) -> Result<()> {
+        let containers = self.scene.containerd.ctr(&["container", "ls", "--quiet"])?.success()?.stdout;
+        if containers.lines().any(|known| known == name) {
+            // Of a container that was not created there is no task.
+            self.scene.containerd.ctr(&["task", "rm", "--force", name])?;
+            self.scene.containerd.ctr(&["container", "rm", name])?.success()?;
+        }
         Ok(())
     }
 
@@ -173,8 +189,11 @@ fn the_agent_says_what_it_held_and_when() -> Result<()> {
         let stage = Stage::with_agent(machine, &policy(RELAY, "closed"))?;
         for way in [Way::Wrapper, Way::Hook] {
             let name = way.gate();
-            let mut command =
-                stage.hooks.run(way, &stage.scene.containerd, &stage.container(name, &CONNECT))?;
+            let mut command = stage.hooks.run(
+                way,
+                &stage.scene.containerd,
+                &stage.container(name, &["/bin/nc", FAR, "8080"]),
+            )?;
             // Its input stays open, so it runs until it is told otherwise.
             let mut running = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
             let workload = stage.scene.agent.until_verdict(&id(name), "attached");
@@ -252,7 +271,7 @@ fn without_an_agent_the_policies_that_were_in_force_decide() -> Result<()> {
             stage.run_agent()?;
             stage.scene.agent.stop(signal)?;
             for way in Way::ALL {
-                let name = format!("{on_failure}-{}", way.gate());
+                let name = format!("{on_failure}-{signal}-{}", way.gate());
                 match on_failure {
                     "open" => _ = runs(&stage, way, &name)?,
                     _ => stage.is_refused(way, &name, "no agent is running; refused, as policy gated")?,
@@ -292,7 +311,8 @@ fn an_agent_that_is_killed_or_stopped_while_it_holds() -> Result<()> {
                     stage.run_agent()?;
                 }
                 let before = stage.arrived();
-                let mut running = stage.begin(way, &format!("{on_failure}-{}", way.gate()))?;
+                let name = format!("{on_failure}-{signal}-{way:?}").to_lowercase();
+                let mut running = stage.begin(way, &name)?;
                 stage.until_held(way)?;
                 stage.scene.agent.stop(signal)?;
                 let status = running.exit(SOON)?;
@@ -305,6 +325,7 @@ fn an_agent_that_is_killed_or_stopped_while_it_holds() -> Result<()> {
                     ensure!(said.contains("pillion: ") && said.contains("policy gated"), "{way:?}: {said}");
                     assert_eq!(stage.arrived(), before);
                 }
+                stage.forget(&name)?;
             }
             // Nothing stays of what was being attached.
             stage.run_agent()?;
@@ -340,7 +361,7 @@ fn a_container_that_is_killed_while_it_is_held() -> Result<()> {
     on_machine(|machine| {
         let stage = Stage::with_agent(machine, &policy(HANGING, "closed"))?;
         for way in Way::ALL {
-            let name = format!("killed-{}", way.gate());
+            let name = format!("killed-{way:?}").to_lowercase();
             let mut running = stage.begin(way, &name)?;
             stage.until_held(way)?;
             let pid = wait_for("its process", SOON, || stage.hooks.pid(&name))?;
@@ -349,6 +370,7 @@ fn a_container_that_is_killed_while_it_is_held() -> Result<()> {
             let status = running.exit(SOON)?;
             ensure!(!status.success(), "{way:?} {name} ran");
             ensure!(since.elapsed() < Duration::from_secs(10), "{way:?}: held on for {:?}", since.elapsed());
+            stage.forget(&name)?;
             stage.until_empty()?;
         }
         assert_eq!(stage.arrived(), 0);
@@ -360,32 +382,20 @@ fn a_container_that_is_killed_while_it_is_held() -> Result<()> {
 fn fifty_at_once() -> Result<()> {
     on_machine(|machine| {
         let stage = Stage::with_agent(machine, &policy(RELAY, "closed"))?;
-        let servers: Vec<EchoServer> = (0..50_u16)
-            .map(|number| EchoServer::start(&stage.scene.far, &format!("{FAR}:{}", 9000 + number)))
-            .collect::<Result<_>>()?;
         let faults: Vec<String> = thread::scope(|scope| {
-            let run = |(number, server): (usize, &EchoServer)| {
+            let run = |number: usize| {
                 let stage = &stage;
-                let port = server.address().port().to_string();
                 scope.spawn(move || -> Result<()> {
-                    let (name, command) = (format!("many-{number}"), ["nc", FAR, port.as_str()]);
                     let way = if number % 2 == 0 { Way::Wrapper } else { Way::Hook };
-                    let done = stage.hooks.finish(
-                        way,
-                        &stage.scene.containerd,
-                        &stage.container(&name, &command),
-                    )?;
-                    done.success().map(drop)
+                    stage.connect(way, &format!("many-{number}"))?.success().map(drop)
                 })
             };
-            let running: Vec<_> = servers.iter().enumerate().map(run).collect();
+            let running: Vec<_> = (0..50).map(run).collect();
             let results = running.into_iter().map(|it| it.join().expect("no panic"));
             results.filter_map(|result| Some(format!("{:#}", result.err()?))).collect()
         });
         ensure!(faults.is_empty(), "{faults:?}");
-        for (number, server) in servers.iter().enumerate() {
-            assert_eq!(server.peers().len(), 1, "connections of number {number}");
-        }
+        assert_eq!(stage.arrived(), 50);
         assert_eq!(stage.scene.redirected()?, 50);
         stage.until_empty()?;
         stage.end()
