@@ -1,14 +1,17 @@
-//! What redirection costs, against dialling the companion oneself, not having one, and iptables REDIRECT.
+//! What redirection costs, against dialling the companion oneself, not having one, and iptables REDIRECT; and what gates
+//! catch and cost (`gate`).
 //!
-//! Owns the measurement: `stage` sets namespaces, cgroups, data plane and rules up, `peers` are the processes that
+//! Owns the measurement of redirection: `stage` sets namespaces, cgroups, data plane and rules up, `peers` are the processes that
 //! talk, `report` turns samples into figures. Everything runs on one CPU; the modes take turns within every round, so
 //! that what disturbs the machine disturbs all of them.
 
 #![expect(clippy::print_stdout, reason = "a command line program")]
 
+mod gate;
 mod peers;
 mod report;
 mod stage;
+mod stations;
 
 use std::path::Path;
 
@@ -53,9 +56,12 @@ pub fn main() -> Result<()> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
         ["redirect", output, rounds] => redirect(Path::new(output), rounds.parse().context("rounds")?),
+        ["gate", output, share, ref only @ ..] => {
+            gate::run(Path::new(output), share.parse().context("share")?, only)
+        }
         ["serve", ref addresses @ ..] => peers::serve(addresses),
         ["measure"] => peers::measure(),
-        _ => bail!("usage: pillion-bench redirect OUTPUT.json ROUNDS"),
+        _ => bail!("usage: pillion-bench redirect OUTPUT.json ROUNDS | gate OUTPUT.json SHARE [GATE…]"),
     }
 }
 

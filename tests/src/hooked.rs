@@ -36,10 +36,12 @@ pub enum Way {
     PlainWrapper,
     /// runc alone, with an OCI hook in the bundle's specification.
     PlainHook,
+    /// containerd with runc, by no hook at all: what others are compared with.
+    Bare,
 }
 
 impl Way {
-    /// All of them.
+    /// All that come to the hook.
     pub const ALL: [Self; 4] = [Self::Wrapper, Self::Hook, Self::PlainWrapper, Self::PlainHook];
 
     /// The gate that it comes to, as the agent names it.
@@ -47,6 +49,7 @@ impl Way {
         match self {
             Self::Wrapper | Self::PlainWrapper => "wrapper",
             Self::Hook | Self::PlainHook => "hook",
+            Self::Bare => "none",
         }
     }
 
@@ -81,9 +84,12 @@ impl Hooks {
     /// A command that runs the container to its end and removes it. With runc alone its labels are annotations.
     pub fn run(&self, way: Way, containerd: &Containerd, container: &Container<'_>) -> Result<Command> {
         match way {
-            Way::Wrapper => {
+            Way::Wrapper | Way::Bare => {
                 let mut command = containerd.ctr_command()?;
-                command.args(["run", "--rm", "--runc-binary"]).arg(self.wrapper());
+                command.args(["run", "--rm"]);
+                if way == Way::Wrapper {
+                    command.arg("--runc-binary").arg(self.wrapper());
+                }
                 let program = self.directory.join("root/bin/first");
                 command.args([
                     "--mount",
@@ -106,7 +112,7 @@ impl Hooks {
                 let bundle = self.bundle(way, container)?;
                 let runtime = match way {
                     Way::PlainWrapper => self.wrapper(),
-                    Way::Wrapper | Way::Hook | Way::PlainHook => programs::system("runc")?,
+                    Way::Wrapper | Way::Hook | Way::PlainHook | Way::Bare => programs::system("runc")?,
                 };
                 // Created, started and waited for as an engine does it. runc's own `delete` reaps nothing: the container is the
                 // shell's child only by adoption, and its end is seen by its cgroup.
