@@ -78,6 +78,14 @@ impl Stage {
     }
 }
 
+/// Waits until the gate holds a container at its start.
+fn until_held(agent: &Agent, container: &str) -> Result<()> {
+    wait_until("a container that is held", SOON, || {
+        let told = |line: &str| line.contains("held before its start") && line.contains(container);
+        agent.log().is_ok_and(|log| log.lines().any(told))
+    })
+}
+
 fn source<'a>(status: &'a Value, name: &str) -> &'a str {
     let sources = status["sources"].as_array().map(Vec::as_slice).unwrap_or_default();
     let found = sources.iter().find(|source| source["name"] == name);
@@ -262,15 +270,8 @@ fn failures(version: &'static str) -> Result<()> {
         let (one, two) = (held.create("app", SLEEP)?, other.create("app", SLEEP)?);
         thread::scope(|scope| -> Result<()> {
             let starting = scope.spawn(|| held.start(&one));
-            stage.agent.until(&held.id(), "held", |workload| workload["gate"] == "nri")?;
-            thread::sleep(Duration::from_millis(200));
-            let begun = Instant::now();
+            until_held(&stage.agent, &one)?;
             other.start(&two)?;
-            eprintln!(
-                "MEASURED {version}: other started after {:?}; held finished {}",
-                begun.elapsed(),
-                starting.is_finished()
-            );
             starting.join().expect("no panic")
         })?;
         held.delete()?;
@@ -286,7 +287,7 @@ fn failures(version: &'static str) -> Result<()> {
         let id = pod.id();
         thread::scope(|scope| -> Result<()> {
             let starting = scope.spawn(|| pod.start(&container));
-            stage.agent.until(&id, "held", |workload| workload["gate"] == "nri")?;
+            until_held(&stage.agent, &container)?;
             pod.stop()?;
             let started = starting.join().expect("no panic");
             ensure!(started.is_err(), "it was not started");
@@ -332,7 +333,7 @@ fn interruptions(version: &'static str) -> Result<()> {
             let container = pod.create("app", SLEEP)?;
             let started = thread::scope(|scope| -> Result<_> {
                 let starting = scope.spawn(|| pod.start(&container));
-                stage.agent.until(&pod.id(), "held", |workload| workload["gate"] == "nri")?;
+                until_held(&stage.agent, &container)?;
                 stage.agent.stop(Signal::SIGTERM)?;
                 Ok(starting.join().expect("no panic"))
             })?;
@@ -355,7 +356,7 @@ fn interruptions(version: &'static str) -> Result<()> {
         let container = held.create("app", SLEEP)?;
         thread::scope(|scope| -> Result<()> {
             let starting = scope.spawn(|| held.start(&container));
-            stage.agent.until(&held.id(), "held", |workload| workload["gate"] == "nri")?;
+            until_held(&stage.agent, &container)?;
             stage.agent.stop(Signal::SIGKILL)?;
             starting.join().expect("no panic").context("containerd does not wait for the dead")
         })?;
@@ -423,9 +424,6 @@ fn many(version: &'static str) -> Result<()> {
             workers.into_iter().try_for_each(|worker| worker.join().expect("no panic"))
         })?;
         assert_eq!(source(&stage.agent.status()?, "nri"), "up");
-        for line in stage.agent.get("/metrics")?.1.lines().filter(|line| line.contains("gate_seconds")) {
-            eprintln!("MEASURED {version} {line}");
-        }
         ensure!(stage.echo.peers().len() == MANY, "{} connections", stage.echo.peers().len());
         stage.end()
     })

@@ -117,6 +117,7 @@ impl Holder {
         if ended.iter().any(|process| matches!(process, Ok(None))) {
             return Answer::Empty;
         }
+        tracing::debug!(workload = %id, container = container.id, "held before its start");
         let [of_container, of_pod] = ended.map(|process| process.ok().flatten());
         tokio::select! {
             admission = self.gatekeeper.admit(Gate::Nri, workload, deadline) => match admission {
