@@ -8,6 +8,7 @@
 mod backoff;
 mod cgroup2;
 mod containerd;
+mod docker;
 mod event;
 mod exits;
 mod gate;
@@ -18,11 +19,17 @@ mod nri;
 mod pidfd;
 mod pod;
 mod process;
+mod tracker;
+mod work;
 
 pub use cgroup2::{Cgroup2Error, Cgroup2Mounts};
 pub use containerd::{
     ContainerdConfig, ContainerdResolver, ContainerdSource, FirstInstructionProbe, Resolved, UnresolvedError,
     VersionError, containerd_version,
+};
+pub use docker::{
+    EngineConfig, EngineError, EngineKind, EngineLookup, EngineSource, EngineVersionError, LookupError,
+    engine_version,
 };
 pub use event::{RuntimeEvent, SourceName};
 pub use exits::Exits;

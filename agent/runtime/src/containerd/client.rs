@@ -2,7 +2,7 @@
 //!
 //! Owns the channel and the wording of its errors. Never interprets what containerd answers.
 
-use std::{future::Future, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use containerd_client::{
     services::v1::{
@@ -48,6 +48,7 @@ pub(super) struct Client {
     channel: Channel,
     deadline: Duration,
     list_deadline: Duration,
+    left_alone: Arc<BTreeSet<String>>,
 }
 
 impl Client {
@@ -63,7 +64,13 @@ impl Client {
             channel,
             deadline: config.deadline,
             list_deadline: config.list_deadline,
+            left_alone: Arc::new(config.left_alone.clone()),
         })
+    }
+
+    /// Whether a namespace is another source's.
+    pub(super) fn leaves_alone(&self, namespace: &str) -> bool {
+        self.left_alone.contains(namespace)
     }
 
     pub(super) fn deadline(&self) -> Duration {
@@ -86,7 +93,8 @@ impl Client {
         if answer.namespaces.len() > LIST_LIMIT {
             return Err(ClientError::TooMany { what: "namespaces" });
         }
-        Ok(answer.namespaces.into_iter().map(|namespace| namespace.name).collect())
+        let names = answer.namespaces.into_iter().map(|namespace| namespace.name);
+        Ok(names.filter(|name| !self.leaves_alone(name)).collect())
     }
 
     pub(super) async fn tasks(&self, namespace: &str) -> Result<Vec<Process>, ClientError> {

@@ -129,6 +129,8 @@ async fn read(
             if envelope.topic == MARKER_TOPIC {
                 // Full when there was one before, and then nobody waits for another.
                 let _ = in_force.try_send(());
+            } else if client.leaves_alone(&envelope.namespace) {
+                // Another source tells of it.
             } else if let Some(signal) = decode(&envelope)
                 && queue.try_send(Ok(signal)).is_err()
             {

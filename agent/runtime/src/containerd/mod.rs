@@ -27,9 +27,8 @@ mod record;
 mod resolver;
 mod session;
 mod source;
-mod work;
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, fmt, path::PathBuf, time::Duration};
 
 use pillion_workload::{InvalidName, RuntimeKind, WorkloadId};
 
@@ -51,9 +50,14 @@ pub struct ContainerdConfig {
     pub health_interval: Duration,
     /// The first and the longest pause between attempts to connect.
     pub backoff: (Duration, Duration),
+    /// Namespaces of containerd that are another source's to tell of.
+    pub left_alone: BTreeSet<String>,
 }
 
 impl ContainerdConfig {
+    /// containerd's namespace in which Docker Engine keeps its containers.
+    pub const DOCKERS: &str = "moby";
+
     /// The defaults for a containerd at `socket`.
     pub fn at(socket: impl Into<PathBuf>) -> Self {
         Self {
@@ -62,6 +66,7 @@ impl ContainerdConfig {
             list_deadline: Duration::from_secs(30),
             health_interval: Duration::from_secs(10),
             backoff: (Duration::from_millis(100), Duration::from_secs(10)),
+            left_alone: BTreeSet::new(),
         }
     }
 }

@@ -14,13 +14,13 @@ use super::{
     client::{Client, ClientError},
     events::{Events, Signal},
     look::{Look, Looked},
-    source::{Closed, Tracker},
-    work::Work,
 };
 use crate::{
     RuntimeEvent, SourceName,
     cgroup2::{Cgroup2Error, Cgroup2Mounts},
     inventory::Observation,
+    tracker::{Closed, Tracker},
+    work::Work,
 };
 
 /// Containers that may wait to be looked at; beyond it looking at everything is cheaper.
@@ -77,7 +77,7 @@ async fn snapshot(
     look: &Look,
     tracker: &mut Tracker,
     opening: Vec<RuntimeEvent>,
-) -> Result<Result<Work, ClientError>, Closed> {
+) -> Result<Result<Work<Key>, ClientError>, Closed> {
     let known = tracker.ids();
     let seen = match tracker.during(Box::pin(look.at_all(known))).await? {
         Ok(seen) => seen,
@@ -105,7 +105,7 @@ async fn follow(
     client: &Client,
     look: &Look,
     events: &mut Events,
-    mut work: Work,
+    mut work: Work<Key>,
     tracker: &mut Tracker,
 ) -> Result<ClientError, Closed> {
     let mut asked: FuturesUnordered<BoxFuture<'_, Done>> = FuturesUnordered::new();
@@ -147,7 +147,11 @@ async fn follow(
                 };
             }
             // Without a glimpse the look, which follows in any case, tells.
-            Next::Done(Done::Glimpsed(key, Ok(Some(seen)))) => tracker.discover(&key, seen).await?,
+            Next::Done(Done::Glimpsed(key, Ok(Some(seen)))) => {
+                if let Ok(id) = key.workload_id() {
+                    tracker.discover(&id, seen).await?;
+                }
+            }
             Next::Done(Done::Glimpsed(_, Ok(None) | Err(_))) => {}
             Next::Done(Done::Looked(key, seen)) => {
                 if seen.is_err() && !asking_health {
@@ -182,7 +186,7 @@ async fn answers(client: &Client) -> Done {
 async fn take(
     key: &Key,
     looked: Result<Looked, ClientError>,
-    work: &mut Work,
+    work: &mut Work<Key>,
     tracker: &mut Tracker,
 ) -> Result<(), Closed> {
     let seen = match looked {

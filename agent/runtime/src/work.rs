@@ -1,26 +1,38 @@
 //! Which containers to look at, and how many at once.
 //!
-//! Owns the order and the bound of questions to containerd. Never asks them.
+//! Owns the order and the bound of questions to a runtime. Never asks them.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::{
+    collections::{BTreeSet, HashSet, VecDeque},
+    hash::Hash,
+};
 
-use super::Key;
-
-/// Questions in flight at once: enough to overlap waiting, too few to load containerd.
+/// Questions in flight at once: enough to overlap waiting, too few to load the runtime.
 const AT_ONCE: usize = 8;
 
 /// Containers to look at. Each is looked at by one question at a time, so that an older answer never follows a newer one.
-#[derive(Debug, Default)]
-pub(super) struct Work {
+#[derive(Debug)]
+pub(crate) struct Work<Key> {
     order: VecDeque<Key>,
     queued: HashSet<Key>,
     running: HashSet<Key>,
     failed: BTreeSet<Key>,
 }
 
-impl Work {
+impl<Key> Default for Work<Key> {
+    fn default() -> Self {
+        Self {
+            order: VecDeque::new(),
+            queued: HashSet::new(),
+            running: HashSet::new(),
+            failed: BTreeSet::new(),
+        }
+    }
+}
+
+impl<Key: Clone + Ord + Hash> Work<Key> {
     /// Asks for a look; at most one more of each container is remembered.
-    pub(super) fn look(&mut self, key: Key) {
+    pub(crate) fn look(&mut self, key: Key) {
         self.failed.remove(&key);
         if self.queued.insert(key.clone()) {
             self.order.push_back(key);
@@ -28,7 +40,7 @@ impl Work {
     }
 
     /// The next container to look at, if one may be looked at now.
-    pub(super) fn start(&mut self) -> Option<Key> {
+    pub(crate) fn start(&mut self) -> Option<Key> {
         if self.running.len() >= AT_ONCE {
             return None;
         }
@@ -40,7 +52,7 @@ impl Work {
     }
 
     /// A look has ended. One without a result is remembered for [`Work::retry`].
-    pub(super) fn done(&mut self, key: Key, clear: bool) {
+    pub(crate) fn done(&mut self, key: Key, clear: bool) {
         self.running.remove(&key);
         if !clear && !self.queued.contains(&key) {
             self.failed.insert(key);
@@ -48,14 +60,14 @@ impl Work {
     }
 
     /// Asks once more for all that had no result.
-    pub(super) fn retry(&mut self) {
+    pub(crate) fn retry(&mut self) {
         for key in std::mem::take(&mut self.failed) {
             self.look(key);
         }
     }
 
     /// How many containers wait to be looked at.
-    pub(super) fn waiting(&self) -> usize {
+    pub(crate) fn waiting(&self) -> usize {
         self.order.len()
     }
 }
@@ -64,8 +76,8 @@ impl Work {
 mod tests {
     use super::*;
 
-    fn key(name: impl std::fmt::Display) -> Key {
-        Key::new("default", format!("{name}"))
+    fn key(name: impl std::fmt::Display) -> String {
+        name.to_string()
     }
 
     #[test]

@@ -1,0 +1,92 @@
+//! Asks an engine about one container that a gate holds.
+//!
+//! Owns the question. Never asks what would wait for the container's start, which waits for the gate.
+
+use pillion_workload::{InvalidName, Subject, WorkloadId};
+use tokio::io::AsyncReadExt as _;
+
+use super::{
+    ContainerId, EngineConfig, EngineKind, api,
+    client::{Client, ClientError},
+};
+use crate::chain;
+
+/// Docker's file about a container has some 4 KiB, and its labels and environment.
+const KEPT_LIMIT: u64 = 4 << 20;
+
+/// Why a held container is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum LookupError {
+    /// The engine gave no answer.
+    #[error("{engine} does not say what the container is")]
+    Engine {
+        /// Which one.
+        engine: EngineKind,
+        /// Why.
+        source: EngineError,
+    },
+    /// Its name cannot be part of an id.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+}
+
+/// What the engine's client says.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct EngineError(#[from] ClientError);
+
+/// Asks one engine. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct EngineLookup {
+    engine: EngineKind,
+    client: Client,
+}
+
+impl EngineLookup {
+    /// For the engine that a source watches with the same configuration.
+    pub fn new(config: &EngineConfig) -> Self {
+        Self { engine: config.engine, client: Client::new(config) }
+    }
+
+    /// The id and the subject that the source will tell for this container; `None` when the engine knows none such. Waits for
+    /// as long as the configuration says; dropping the future gives up earlier.
+    pub async fn find(&self, container: &str) -> Result<Option<(WorkloadId, Subject)>, LookupError> {
+        let Ok(id) = container.parse() else { return Ok(None) };
+        let engine = self.engine;
+        let found = self.subject(&id).await;
+        let found = found.map_err(|error| LookupError::Engine { engine, source: error.into() })?;
+        let Some(subject) = found else { return Ok(None) };
+        Ok(Some((engine.workload_id(&subject.name)?, subject)))
+    }
+
+    async fn subject(&self, id: &ContainerId) -> Result<Option<Subject>, ClientError> {
+        let Some(summary) = self.client.summary(id).await? else { return Ok(None) };
+        let Some(mut subject) = summary.subject(self.engine) else { return Ok(None) };
+        if summary.image_is_digest() {
+            match self.image_by_name(id).await {
+                Ok(image) => subject.image = image.or(subject.image),
+                Err(error) => {
+                    let error = chain(&*error);
+                    tracing::warn!(
+                        container = %id,
+                        error,
+                        "the container's image is known by its digest only: no policy selects it by name"
+                    );
+                }
+            }
+        }
+        Ok(Some(subject))
+    }
+
+    /// The name that a container was made from is told by an inspection, which would wait, and by Docker's own file.
+    async fn image_by_name(
+        &self,
+        id: &ContainerId,
+    ) -> Result<Option<String>, Box<dyn std::error::Error + Send + Sync>> {
+        let root = self.client.root_directory().await?;
+        let path = root.join("containers").join(id.as_str()).join("config.v2.json");
+        let mut json = Vec::new();
+        tokio::fs::File::open(path).await?.take(KEPT_LIMIT).read_to_end(&mut json).await?;
+        Ok(api::kept_image(&json)?)
+    }
+}
