@@ -18,6 +18,7 @@ mod inventory;
 mod nri;
 mod pidfd;
 mod pod;
+mod podman;
 mod process;
 mod tracker;
 mod work;
@@ -38,6 +39,7 @@ pub use hook::{AskError, Described, Engine, Engines, FoundUnit, HookGate, Resolv
 pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
 pub use nri::{NriConfig, NriGate, read_all as read_nri};
 pub use pod::PodError;
+pub use podman::{PodmanFiles, PodmanSource};
 pub use process::{ProcessWorkloadError, process_workload, resolve_program};
 
 /// An error with all of its causes in one line.

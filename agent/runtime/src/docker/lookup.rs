@@ -25,6 +25,9 @@ pub enum LookupError {
         /// Why.
         source: EngineError,
     },
+    /// Podman's files are not readable.
+    #[error("cannot read Podman's files")]
+    Files(#[source] std::io::Error),
     /// Its name cannot be part of an id.
     #[error(transparent)]
     Name(#[from] InvalidName),

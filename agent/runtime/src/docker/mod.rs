@@ -11,7 +11,7 @@
 //!
 //! An engine answers for a container (`inspect`) only when that container's start is over, which a gate may hold up. So looks
 //! have a deadline and are tried again, and a gate asks by [`EngineLookup`], which lists: a list waits for nobody in Docker.
-//! Podman's list does wait; its gates read what Podman has written down, see [`podman`](super::podman).
+//! Podman's list does wait; its gates read what Podman has written down, see `podman`.
 
 mod api;
 mod client;
@@ -27,8 +27,11 @@ use pillion_workload::{InvalidName, RuntimeKind, WorkloadId};
 
 use crate::SourceName;
 
+pub(crate) use api::subject;
+pub(crate) use look::container_instance;
 pub use lookup::{EngineError, EngineLookup, LookupError};
 pub use source::EngineSource;
+pub(crate) use source::Known;
 
 /// Who answers on the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

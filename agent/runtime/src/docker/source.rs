@@ -57,7 +57,7 @@ async fn run(config: EngineConfig, mut known: Known) {
         // One word for one cause, however often it is met.
         if told.as_ref() != Some(&error) {
             let down = RuntimeEvent::Down { source: config.engine.source(), error: error.clone() };
-            if known.tracker.send(vec![down]).await.is_err() {
+            if known.send(down).await.is_err() {
                 return;
             }
             told = Some(error);
@@ -70,23 +70,23 @@ async fn run(config: EngineConfig, mut known: Known) {
 
 /// What is known of an engine's containers. A workload has its container's name, and names change hands: by renaming, or when
 /// a container is removed and another made.
-pub(super) struct Known {
+pub(crate) struct Known {
     tracker: Tracker,
     ids: BTreeMap<ContainerId, WorkloadId>,
 }
 
 impl Known {
-    pub(super) fn new(tracker: Tracker) -> Self {
+    pub(crate) fn new(tracker: Tracker) -> Self {
         Self { tracker, ids: BTreeMap::new() }
     }
 
     /// Does something else, and reports exits meanwhile.
-    pub(super) async fn during<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Closed> {
+    pub(crate) async fn during<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Closed> {
         self.tracker.during(work).await
     }
 
     /// Takes in a look at one container.
-    pub(super) async fn observe(&mut self, container: &ContainerId, seen: Observation) -> Result<(), Closed> {
+    pub(crate) async fn observe(&mut self, container: &ContainerId, seen: Observation) -> Result<(), Closed> {
         match &seen {
             Observation::Present(workload, _) => {
                 let id = workload.id.clone();
@@ -107,7 +107,7 @@ impl Known {
     }
 
     /// Takes in a look at everything and tells all of it: `opening`, then a snapshot.
-    pub(super) async fn snapshot(
+    pub(crate) async fn snapshot(
         &mut self,
         opening: Vec<RuntimeEvent>,
         seen: Vec<(ContainerId, Observation)>,
@@ -134,6 +134,31 @@ impl Known {
         }
         self.ids = ids;
         self.tracker.snapshot(opening, observations).await
+    }
+
+    /// Takes in a look at everything: as a snapshot after `opening`, else told as what has changed.
+    pub(crate) async fn take_all(
+        &mut self,
+        opening: Option<RuntimeEvent>,
+        seen: Vec<(ContainerId, Observation)>,
+    ) -> Result<(), Closed> {
+        if let Some(opening) = opening {
+            return self.snapshot(vec![opening], seen).await;
+        }
+        let gone: Vec<ContainerId> =
+            self.ids.keys().filter(|id| !seen.iter().any(|(seen, _)| seen == *id)).cloned().collect();
+        for container in gone {
+            self.observe(&container, Observation::Absent).await?;
+        }
+        for (container, seen) in seen {
+            self.observe(&container, seen).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells something else.
+    pub(crate) async fn send(&mut self, event: RuntimeEvent) -> Result<(), Closed> {
+        self.tracker.send(vec![event]).await
     }
 }
 
@@ -176,7 +201,9 @@ mod tests {
                         workloads.iter().map(|(workload, _)| workload.id.to_string()).collect();
                     format!("={}", ids.join(","))
                 }
-                RuntimeEvent::Up { .. } | RuntimeEvent::Down { .. } => "?".to_owned(),
+                RuntimeEvent::Up { .. } | RuntimeEvent::Down { .. } | RuntimeEvent::Unattachable { .. } => {
+                    "?".to_owned()
+                }
             });
         }
         told
