@@ -7,6 +7,7 @@
 use std::{
     io::{self, Read as _, Write as _},
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context as _, ensure};
@@ -14,10 +15,12 @@ use pillion_common::hook::{
     Answer, HEADER, Message as _, Question, Request, Unit, body_length, decode, encode,
 };
 use pillion_policy::PolicySet;
-use pillion_runtime::{ContainerdConfig, ContainerdResolver, Engines, Resolved};
+use pillion_runtime::{
+    ContainerdConfig, ContainerdResolver, Engine, EngineConfig, EngineKind, EngineLookup, Engines, PodmanFiles, Resolved,
+};
 use pillion_workload::{FailureMode, RuntimeKind, Subject, WorkloadId};
 
-use crate::{cli::AdmitArgs, journal, last_good};
+use crate::{cli::AdmitArgs, config::OrNone, journal, last_good, sources};
 
 /// `pillion admit`.
 pub(crate) async fn main(args: AdmitArgs) -> anyhow::Result<ExitCode> {
@@ -49,7 +52,13 @@ async fn decide(args: &AdmitArgs, question: Question) -> anyhow::Result<Answer> 
                 Some(socket) => Some(ContainerdResolver::connect(&ContainerdConfig::at(socket)).await),
                 None => None,
             };
-            match (Engines { containerd, ..Engines::default() }).resolve(&container).await? {
+            let docker = sources::docker_socket(args.docker_socket.as_ref(), false).map(|socket| {
+                let engine = EngineConfig::at(EngineKind::Docker, socket);
+                Arc::new(EngineLookup::new(&engine)) as Arc<dyn Engine>
+            });
+            let podman = args.podman_socket != Some(OrNone(None));
+            let podman = podman.then(|| Arc::new(PodmanFiles::usual()) as Arc<dyn Engine>);
+            match (Engines { containerd, docker, podman, units: None }).resolve(&container).await? {
                 Resolved::Container(workload) | Resolved::Member(workload) => (workload.id, workload.subject),
                 // Its containers are asked for one by one.
                 Resolved::Sandbox(_) => return Ok(Answer::Admit { message: None }),

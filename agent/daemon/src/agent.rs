@@ -2,16 +2,13 @@
 //!
 //! Wires, decides nothing.
 
-use std::{mem::ManuallyDrop, process::ExitCode, sync::Arc, time::Duration};
+use std::{path::PathBuf, mem::ManuallyDrop, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use pillion_attachment::{Node, Swept, sweep};
 use pillion_companion::{Host, HostConfig, LogLine, cgroup::CgroupRoots};
 use pillion_redirect::{Bpffs, Dataplane, LoadOptions};
-use pillion_runtime::{
-    ContainerdConfig, ContainerdSource, Engines, Gatekeeper, HookGate, NriConfig, NriGate, SourceName,
-};
-use pillion_workload::RuntimeKind;
+use pillion_runtime::{Gatekeeper, HookGate};
 use prometheus_client::registry::Registry;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -24,7 +21,7 @@ use tracing::{info, warn};
 
 use crate::{
     admin::{self, Admin},
-    config::AgentConfig,
+    config::{AgentConfig, OrNone},
     controller::{Beginning, Controller, Parts},
     http::{self, Listener},
     journal::Journal,
@@ -34,6 +31,7 @@ use crate::{
     metrics::{DataplaneCollector, Metrics},
     notify::{self, Notifier},
     policy_watch::{self, LoadNow},
+    sources::Sources,
     telemetry,
 };
 
@@ -101,26 +99,11 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
 
     // Sources, and the gates that belong to them.
     let (runtime_events, runtime) = mpsc::channel(QUEUE);
-    let mut sources = Vec::new();
     let (gatekeeper, holds) = Gatekeeper::new();
-    let mut gates = Vec::new();
-    let mut witness = None;
-    let mut engines = Engines::default();
-    if let Some(socket) = config.containerd_socket.get() {
-        let (_task, probe, resolver) =
-            ContainerdSource::spawn(ContainerdConfig::at(socket), runtime_events.clone(), stop.clone());
-        sources.push((SourceName::CONTAINERD, RuntimeKind::Containerd));
-        witness = Some(probe);
-        if let Some(socket) = config.nri_socket.get() {
-            let (gatekeeper, events) = (gatekeeper.clone(), runtime_events.clone());
-            let gate =
-                NriGate::spawn(NriConfig::at(socket), gatekeeper, resolver.clone(), events, stop.clone());
-            gates.push(gate);
-            sources.push((SourceName::NRI, RuntimeKind::Containerd));
-        }
-        engines.containerd = Some(resolver);
-    }
-    let hooks = HookGate::bind(&config.gate_socket(), gatekeeper.clone(), engines)
+    let attached: Vec<_> = loaded.records.iter().map(|record| record.workload.subject.runtime).collect();
+    let watched = Sources::start(&config, &attached, &runtime_events, &gatekeeper, &stop);
+    let gates = watched.gates;
+    let hooks = HookGate::bind(&config.gate_socket(), gatekeeper.clone(), watched.engines)
         .with_context(|| format!("cannot listen on {}", config.gate_socket().display()))?;
 
     // Policies.
@@ -135,7 +118,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     };
     let last_good = LastGood {
         state_dir: config.paths.state_dir.clone(),
-        command: offline_command(&config)?,
+        command: offline_command(&config, watched.docker)?,
         patience: config.hold_limit,
     };
     tokio::spawn(policy_watch::run(
@@ -154,13 +137,19 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let parts = Parts {
         node,
         journal,
-        witness,
+        witness: watched.probe,
         metrics: metrics.clone(),
         policy_dir: config.policy_dir.clone(),
         pin_root: config.paths.pin_root.clone(),
     };
-    let beginning =
-        Beginning { sources, runtime, holds, policies, requests: requests_in, stop: stop.clone() };
+    let beginning = Beginning {
+        sources: watched.names,
+        runtime,
+        holds,
+        policies,
+        requests: requests_in,
+        stop: stop.clone(),
+    };
     let controller = tokio::spawn(Controller::begin_with(parts, beginning, loaded).run());
 
     // Servers.
@@ -184,17 +173,20 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
 }
 
 /// What hooks run when they find no agent.
-fn offline_command(config: &AgentConfig) -> anyhow::Result<Vec<String>> {
+fn offline_command(config: &AgentConfig, docker: Option<PathBuf>) -> anyhow::Result<Vec<String>> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let state_dir =
         std::path::absolute(&config.paths.state_dir).context("cannot find the state directory")?;
     let containerd = config.containerd_socket.to_string();
-    let text = |path: std::path::PathBuf| {
+    let docker = OrNone(docker).to_string();
+    let text = |path: PathBuf| {
         path.into_os_string().into_string().ok().context("hooks cannot be told of a path that is not UTF-8")
     };
     let flags = ["admit", "--offline", "--state-dir"].map(str::to_owned);
     let values = [text(state_dir)?, "--containerd-socket".to_owned(), containerd];
-    Ok([text(program)?].into_iter().chain(flags).chain(values).collect())
+    let of_docker = ["--docker-socket".to_owned(), docker];
+    let podman = config.podman_socket.iter().flat_map(|socket| ["--podman-socket".to_owned(), socket.to_string()]);
+    Ok([text(program)?].into_iter().chain(flags).chain(values).chain(of_docker).chain(podman).collect())
 }
 
 async fn listen(config: &AgentConfig) -> anyhow::Result<Listeners> {

@@ -379,6 +379,12 @@ pub(crate) struct AdmitArgs {
         default_value = "/run/containerd/containerd.sock"
     )]
     pub(crate) containerd_socket: OrNone<PathBuf>,
+    /// Docker Engine's socket, or 'none'
+    #[arg(long, env = "PILLION_DOCKER_SOCKET", value_name = "PATH")]
+    pub(crate) docker_socket: Option<OrNone<PathBuf>>,
+    /// 'none' to leave Podman alone
+    #[arg(long, env = "PILLION_PODMAN_SOCKET", value_name = "PATH")]
+    pub(crate) podman_socket: Option<OrNone<PathBuf>>,
 }
 
 /// Arguments of `pillion completion`.

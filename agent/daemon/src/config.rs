@@ -24,6 +24,13 @@ pub(crate) struct AgentConfig {
         default_value = "/run/containerd/containerd.sock"
     )]
     pub(crate) containerd_socket: OrNone<PathBuf>,
+    /// Docker Engine's socket, or 'none' to leave Docker alone [default: /run/docker.sock, when it is there]
+    #[arg(long, env = "PILLION_DOCKER_SOCKET", value_name = "PATH")]
+    pub(crate) docker_socket: Option<OrNone<PathBuf>>,
+    /// The socket of Podman's API service, or 'none' to leave Podman alone [default: /run/podman/podman.sock, when it is there; else
+    /// Podman's files are read]
+    #[arg(long, env = "PILLION_PODMAN_SOCKET", value_name = "PATH")]
+    pub(crate) podman_socket: Option<OrNone<PathBuf>>,
     /// containerd's NRI socket, at which pods' containers are held before their start; used as soon as it is there. 'none' holds nothing here
     #[arg(long, env = "PILLION_NRI_SOCKET", value_name = "PATH", default_value = "/var/run/nri/nri.sock")]
     pub(crate) nri_socket: OrNone<PathBuf>,

@@ -30,6 +30,7 @@ mod policy_watch;
 mod readable;
 mod render;
 mod run;
+mod sources;
 mod telemetry;
 mod validate;
 mod views;

@@ -2,14 +2,18 @@
 //!
 //! Owns the question. Never asks what would wait for the container's start, which waits for the gate.
 
-use pillion_workload::{InvalidName, Subject, WorkloadId};
+use futures_util::future::BoxFuture;
+use pillion_workload::{InvalidName, Subject};
 use tokio::io::AsyncReadExt as _;
 
 use super::{
     ContainerId, EngineConfig, EngineKind, api,
     client::{Client, ClientError},
 };
-use crate::chain;
+use crate::{
+    chain,
+    hook::{AskError, Described, Engine},
+};
 
 /// Docker's file about a container has some 4 KiB, and its labels and environment.
 const KEPT_LIMIT: u64 = 4 << 20;
@@ -53,13 +57,13 @@ impl EngineLookup {
 
     /// The id and the subject that the source will tell for this container; `None` when the engine knows none such. Waits for
     /// as long as the configuration says; dropping the future gives up earlier.
-    pub async fn find(&self, container: &str) -> Result<Option<(WorkloadId, Subject)>, LookupError> {
+    async fn find(&self, container: &str) -> Result<Option<Described>, LookupError> {
         let Ok(id) = container.parse() else { return Ok(None) };
         let engine = self.engine;
         let found = self.subject(&id).await;
         let found = found.map_err(|error| LookupError::Engine { engine, source: error.into() })?;
         let Some(subject) = found else { return Ok(None) };
-        Ok(Some((engine.workload_id(&subject.name)?, subject)))
+        Ok(Some(Described { id: engine.workload_id(&subject.name)?, subject }))
     }
 
     async fn subject(&self, id: &ContainerId) -> Result<Option<Subject>, ClientError> {
@@ -91,5 +95,11 @@ impl EngineLookup {
         let mut json = Vec::new();
         tokio::fs::File::open(path).await?.take(KEPT_LIMIT).read_to_end(&mut json).await?;
         Ok(api::kept_image(&json)?)
+    }
+}
+
+impl Engine for EngineLookup {
+    fn describe<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<Described>, AskError>> {
+        Box::pin(async { Ok(self.find(id).await?) })
     }
 }

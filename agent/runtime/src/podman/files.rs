@@ -10,11 +10,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pillion_workload::{Pid, Subject, WorkloadId};
+use futures_util::future::BoxFuture;
+use pillion_workload::Pid;
 use serde::Deserialize;
 
 use super::events;
-use crate::docker::{ContainerId, EngineKind, LookupError, subject};
+use crate::{
+    docker::{ContainerId, EngineKind, LookupError, subject},
+    hook::{AskError, Described, Engine},
+};
 
 /// A node with a thousand containers has some 600 KiB.
 const CONTAINERS_LIMIT: u64 = 64 << 20;
@@ -88,14 +92,14 @@ impl PodmanFiles {
     }
 
     /// The id and the subject of a container that exists, whether it runs or not; `None` when there is none of this id.
-    pub async fn find(&self, container: &str) -> Result<Option<(WorkloadId, Subject)>, LookupError> {
+    async fn find(&self, container: &str) -> Result<Option<Described>, LookupError> {
         let Ok(id) = container.parse() else { return Ok(None) };
         let named = self.listed().map_err(LookupError::Files)?.remove(&id);
         let Some(named) = named else { return Ok(None) };
-        self.describe(&id, named).await.map(Some)
+        self.read(&id, named).await.map(Some)
     }
 
-    async fn describe(&self, id: &ContainerId, named: Named) -> Result<(WorkloadId, Subject), LookupError> {
+    async fn read(&self, id: &ContainerId, named: Named) -> Result<Described, LookupError> {
         let labels = events::labels(&self.events, id).await.unwrap_or_else(|error| {
             tracing::warn!(container = %id, %error, "cannot read Podman's events");
             None
@@ -107,18 +111,18 @@ impl PodmanFiles {
             let why = "Podman keeps no event of it any more; no policy selects it by a label";
             subject.annotations.insert(LABELS_UNKNOWN.to_owned(), why.to_owned());
         }
-        Ok((EngineKind::Podman.workload_id(&named.name)?, subject))
+        Ok(Described { id: EngineKind::Podman.workload_id(&named.name)?, subject })
     }
 
     /// All containers that have a process, with what is known of them.
-    pub(super) async fn running(&self) -> Result<Vec<(ContainerId, Pid, WorkloadId, Subject)>, LookupError> {
+    pub(super) async fn running(&self) -> Result<Vec<(ContainerId, Pid, Described)>, LookupError> {
         let mut listed = self.listed().map_err(LookupError::Files)?;
         let mut running = Vec::new();
         for (id, pid) in self.processes().map_err(LookupError::Files)? {
             // Podman's API service and Buildah have containers of their own in the same place.
             let Some(named) = listed.remove(&id) else { continue };
-            match self.describe(&id, named).await {
-                Ok((workload, subject)) => running.push((id, pid, workload, subject)),
+            match self.read(&id, named).await {
+                Ok(described) => running.push((id, pid, described)),
                 Err(error) => tracing::warn!(container = %id, %error, "container left alone"),
             }
         }
@@ -163,6 +167,12 @@ impl PodmanFiles {
         let path = self.containers.join(id.as_str()).join("userdata/config.json");
         let spec: Spec = serde_json::from_slice(&read(&path, SPEC_LIMIT).ok()?).ok()?;
         spec.process?.args?.into_iter().next()
+    }
+}
+
+impl Engine for PodmanFiles {
+    fn describe<'a>(&'a self, id: &'a str) -> BoxFuture<'a, Result<Option<Described>, AskError>> {
+        Box::pin(async { Ok(self.find(id).await?) })
     }
 }
 
@@ -217,7 +227,7 @@ mod tests {
     async fn all_is_read_that_policies_select_on() {
         let root = tempfile::tempdir().expect("works");
         let files = written(root.path());
-        let (id, subject) = files.find(ID).await.expect("readable").expect("it is there");
+        let Described { id, subject } = files.find(ID).await.expect("readable").expect("it is there");
         assert_eq!(id.as_str(), "podman/web");
         assert_eq!(subject.image.as_deref(), Some("localhost/busybox:1"));
         assert_eq!(subject.labels["app"], "web");
@@ -226,7 +236,7 @@ mod tests {
 
         // Not one event is kept.
         fs::write(&files.events, "").expect("works");
-        let (_, subject) = files.find(ID).await.expect("readable").expect("it is there");
+        let Described { subject, .. } = files.find(ID).await.expect("readable").expect("it is there");
         assert!(subject.labels.is_empty() && subject.annotations.contains_key(LABELS_UNKNOWN));
         for other in ["web", &ID.replace('c', "d")] {
             assert!(files.find(other).await.expect("readable").is_none());
