@@ -16,7 +16,8 @@ use pillion_common::hook::{
 };
 use pillion_policy::PolicySet;
 use pillion_runtime::{
-    ContainerdConfig, ContainerdResolver, Engine, EngineConfig, EngineKind, EngineLookup, Engines, PodmanFiles, Resolved,
+    ContainerdConfig, ContainerdResolver, Engine, EngineConfig, EngineKind, EngineLookup, Engines,
+    PodmanFiles, Resolved,
 };
 use pillion_workload::{FailureMode, RuntimeKind, Subject, WorkloadId};
 

@@ -2,7 +2,7 @@
 //!
 //! Wires, decides nothing.
 
-use std::{path::PathBuf, mem::ManuallyDrop, process::ExitCode, sync::Arc, time::Duration};
+use std::{mem::ManuallyDrop, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use pillion_attachment::{Node, Swept, sweep};
@@ -185,7 +185,8 @@ fn offline_command(config: &AgentConfig, docker: Option<PathBuf>) -> anyhow::Res
     let flags = ["admit", "--offline", "--state-dir"].map(str::to_owned);
     let values = [text(state_dir)?, "--containerd-socket".to_owned(), containerd];
     let of_docker = ["--docker-socket".to_owned(), docker];
-    let podman = config.podman_socket.iter().flat_map(|socket| ["--podman-socket".to_owned(), socket.to_string()]);
+    let podman =
+        config.podman_socket.iter().flat_map(|socket| ["--podman-socket".to_owned(), socket.to_string()]);
     Ok([text(program)?].into_iter().chain(flags).chain(values).chain(of_docker).chain(podman).collect())
 }
 

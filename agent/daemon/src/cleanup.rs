@@ -23,6 +23,7 @@ use serde::Serialize;
 use crate::{
     cli::CleanupArgs,
     config::Paths,
+    hooks,
     inventory::{self, Inventory, Item, Kind, User, cgroups, files},
     render::{self, Cell, Format, Paint, Table, Tone, View, count, note},
 };
@@ -219,6 +220,8 @@ fn confirmed(before: &Inventory) -> anyhow::Result<bool> {
 fn remove(paths: &Paths, workloads: &BTreeSet<String>) -> Vec<anyhow::Error> {
     let mut problems = Vec::new();
     let mut attempt = |result: anyhow::Result<()>| problems.extend(result.err());
+    // Before anything that they would ask for.
+    attempt(hooks::clean_up(paths));
     attempt(remove_tree(&paths.pin_root));
     match inventory::mounts() {
         Ok(mounts) => {

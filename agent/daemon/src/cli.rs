@@ -9,6 +9,7 @@ use pillion_workload::{RuntimeKind, WorkloadId};
 
 use crate::{
     config::{AgentConfig, OrNone, Paths, RunConfig},
+    hooks,
     render::Format,
 };
 
@@ -84,6 +85,12 @@ pub(crate) enum Command {
     Detach(DetachArgs),
     /// Show what happened, and with -f what happens
     Events(EventsArgs),
+    /// Have a container runtime hold its containers until Pillion is done with them
+    #[command(name = "install-hooks")]
+    InstallHooks(Box<InstallHooksArgs>),
+    /// Take the hooks out of the container runtimes again
+    #[command(name = "uninstall-hooks")]
+    UninstallHooks(UninstallHooksArgs),
     /// Tell whether this machine can run Pillion: each shortcoming with cause and cure
     Check(CheckArgs),
     /// Remove everything of Pillion from this machine, and prove it
@@ -310,6 +317,73 @@ pub(crate) struct EventsArgs {
     pub(crate) output: Output,
 }
 
+/// Where Pillion's own configuration is.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Etc {
+    /// Directory of what is kept about hooks; `pillion-hook` looks into /etc/pillion
+    #[arg(long = "etc-dir", value_name = "DIR", env = hooks::ETC_VARIABLE, default_value = hooks::ETC, hide = true)]
+    pub(crate) etc: PathBuf,
+}
+
+/// Arguments of `pillion install-hooks`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+containerd, docker: adds a runtime `pillion`, which is the default one held at each start by pillion-hook; --default makes every \
+container start that way. podman, crio: adds OCI hooks for every container. The change is shown and checked, the file of before is \
+kept beside it, and what is to be restarted is said and not done. Doing it again changes nothing.
+
+Examples:
+  pillion install-hooks --runtime docker --default --dry-run
+  pillion install-hooks --runtime docker
+  docker run --runtime pillion …
+  pillion install-hooks --runtime podman")]
+pub(crate) struct InstallHooksArgs {
+    /// The runtime
+    #[arg(long, value_enum)]
+    pub(crate) runtime: hooks::Runtime,
+    /// Hold every container, and not those alone that ask for the runtime `pillion`
+    #[arg(long)]
+    pub(crate) default: bool,
+    /// Only show what would be changed
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// The runtime's configuration file; the directory of hooks for podman and crio [default: where the runtime looks]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) config: Option<PathBuf>,
+    /// The program pillion-hook [default: beside this one]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) hook: Option<PathBuf>,
+    /// The real runtime [default: as configured, else runc]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) real: Option<PathBuf>,
+    /// Where the wrapper is linked [default: beside pillion-hook]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) link_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) paths: Paths,
+    #[command(flatten)]
+    pub(crate) etc: Etc,
+}
+
+/// Arguments of `pillion uninstall-hooks`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+A configuration that nobody has edited since is again what it was, to the byte; out of one that was edited, Pillion's settings are taken.
+
+Examples:
+  pillion uninstall-hooks
+  pillion uninstall-hooks --runtime docker --dry-run")]
+pub(crate) struct UninstallHooksArgs {
+    /// The runtime [default: all]
+    #[arg(long, value_enum)]
+    pub(crate) runtime: Option<hooks::Runtime>,
+    /// Only show what would be changed
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) etc: Etc,
+}
+
 /// Arguments of `pillion check`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
@@ -335,6 +409,8 @@ pub(crate) struct CheckArgs {
     pub(crate) paths: Paths,
     #[command(flatten)]
     pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) etc: Etc,
 }
 
 /// Arguments of `pillion cleanup`.

@@ -3,7 +3,13 @@
 //! Every path can be moved by a flag or an environment variable, so that several agents can run on one machine (each
 //! test has its own). Never touches the file system.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
 
 use clap::{Args, ValueEnum};
 
@@ -77,6 +83,11 @@ pub(crate) struct Paths {
 }
 
 impl Paths {
+    /// Whether run and state directory are those that `pillion-hook` knows by itself.
+    pub(crate) fn are_usual(&self) -> bool {
+        self.run_dir == Path::new("/run/pillion") && self.state_dir == Path::new("/var/lib/pillion")
+    }
+
     /// Companions' files, of the agent.
     pub(crate) fn companions(&self) -> PathBuf {
         self.state_dir.join("companions")
@@ -195,8 +206,6 @@ fn label(text: &str) -> Result<(String, String), &'static str> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use clap::{CommandFactory, FromArgMatches, Parser};
 
     use super::*;

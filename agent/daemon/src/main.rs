@@ -15,6 +15,7 @@ mod config;
 mod controller;
 mod event_log;
 mod explain;
+mod hooks;
 mod http;
 mod inspect;
 mod inventory;
@@ -95,6 +96,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Detach(args) => in_background(inspect::detach(args)),
         Command::Events(args) => in_background(inspect::events(args)),
         Command::Admit(args) => in_background(admit::main(args)),
+        Command::InstallHooks(args) => hooks::install(&args),
+        Command::UninstallHooks(args) => hooks::uninstall(&args),
         Command::Check(args) => in_background(check::main(&args)),
         Command::Cleanup(args) => cleanup::main(&args),
         Command::Completion(args) => completion(&args),

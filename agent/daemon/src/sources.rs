@@ -5,8 +5,9 @@
 use std::{path::PathBuf, sync::Arc};
 
 use pillion_runtime::{
-    ContainerdConfig, ContainerdSource, EngineConfig, EngineKind, EngineLookup,
-    EngineSource, Engines, FirstInstructionProbe, Gatekeeper, NriConfig, NriGate, PodmanFiles, PodmanSource, RuntimeEvent, SourceName,
+    ContainerdConfig, ContainerdSource, EngineConfig, EngineKind, EngineLookup, EngineSource, Engines,
+    FirstInstructionProbe, Gatekeeper, NriConfig, NriGate, PodmanFiles, PodmanSource, RuntimeEvent,
+    SourceName,
 };
 use pillion_workload::RuntimeKind;
 use tokio::{sync::mpsc, task::JoinHandle};
@@ -38,8 +39,13 @@ impl Sources {
         gatekeeper: &Gatekeeper,
         stop: &CancellationToken,
     ) -> Self {
-        let mut sources =
-            Self { names: Vec::new(), probe: None, engines: Engines::default(), gates: Vec::new(), docker: None };
+        let mut sources = Self {
+            names: Vec::new(),
+            probe: None,
+            engines: Engines::default(),
+            gates: Vec::new(),
+            docker: None,
+        };
         let docker = docker_socket(config.docker_socket.as_ref(), attached.contains(&RuntimeKind::Docker));
         if let Some(socket) = &docker {
             let engine = EngineConfig::at(EngineKind::Docker, socket);

@@ -3,6 +3,7 @@
 //! Owns the list of checks and what each means for Pillion. Tries things out instead of comparing version numbers.
 //! Changes nothing and leaves nothing behind.
 
+mod hooks;
 mod kernel;
 mod machine;
 mod privileges;
@@ -138,6 +139,7 @@ pub(crate) async fn main(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     if let Some(socket) = args.containerd_socket.get() {
         checks.push(machine::containerd(socket).await);
     }
+    checks.extend(hooks::checks(args));
     checks.push(machine::ports());
     checks.extend(leftovers);
     let verdict = checks.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{Inventory, InventoryError, Kind, item};
-use crate::config::Paths;
+use crate::{config::Paths, hooks};
 
 /// What Pillion puts into its run directory.
 const IN_RUN_DIR: [&str; 3] = ["admin.sock", "agent.lock", "gate.sock"];
@@ -55,6 +55,10 @@ fn is_ours(name: &str, known: &[&str]) -> bool {
 
 /// Adds sockets and files to `inventory`.
 pub(super) fn take(paths: &Paths, inventory: &mut Inventory) -> Result<(), InventoryError> {
+    for (runtime, record) in hooks::recorded(paths) {
+        let detail = Some(format!("the hooks of {runtime}"));
+        inventory.ours.push(item(Kind::File, record.display(), detail));
+    }
     for (directory, contents) in contents(paths)? {
         for path in &contents.ours {
             walk(path, DEEPEST, &mut |path, kind| inventory.ours.push(item(kind, path.display(), None)))
