@@ -31,6 +31,10 @@ pub struct Agent {
     http: SocketAddr,
     containerd: String,
     nri: String,
+    /// Flags by which it finds other runtimes.
+    runtimes: Vec<String>,
+    /// A process whose mount namespace it runs in.
+    inside: Option<u32>,
     process: Option<ProcessGuard>,
     /// What agents before this one have logged.
     earlier: String,
@@ -52,6 +56,8 @@ impl Agent {
             pins: format!("/sys/fs/bpf/pillion-test-{}-{number}", process::id()).into(),
             containerd: containerd.map_or_else(|| "none".into(), |it| it.display().to_string()),
             nri: "none".into(),
+            runtimes: ["--docker-socket", "none", "--podman-socket", "none"].map(str::to_owned).to_vec(),
+            inside: None,
             process: None,
             earlier: String::new(),
             directory,
@@ -67,6 +73,14 @@ impl Agent {
     pub fn beside(machine: &Machine, containerd: &str, nri: &str) -> Result<Self> {
         let mut agent = Self::new(machine, None)?;
         (agent.containerd, agent.nri) = (containerd.to_owned(), nri.to_owned());
+        Ok(agent)
+    }
+
+    /// An agent that finds its runtimes by these flags, and runs in the mount namespace of a process, if one is given.
+    pub fn watching(machine: &Machine, runtimes: &[&str], inside: Option<u32>) -> Result<Self> {
+        let mut agent = Self::new(machine, None)?;
+        agent.runtimes = runtimes.iter().map(|&flag| flag.to_owned()).collect();
+        agent.inside = inside;
         Ok(agent)
     }
 
@@ -108,12 +122,20 @@ impl Agent {
 
     /// `pillion agent` with this agent's directories.
     pub fn command(&self) -> Result<Command> {
-        let mut command = Command::new(programs::pillion()?);
+        let mut command = match self.inside {
+            Some(pid) => {
+                // Becomes the agent.
+                let mut command = Command::new("nsenter");
+                command.args(["-m", "--wd=/", "-t", &pid.to_string(), "--"]).arg(programs::pillion()?);
+                command
+            }
+            None => Command::new(programs::pillion()?),
+        };
         command.arg("agent");
         self.add_paths(&mut command);
         command.arg("--policy-dir").arg(self.policy_dir());
         command.args(["--containerd-socket", &self.containerd, "--http-addr", &self.http.to_string()]);
-        command.args(["--nri-socket", &self.nri, "--log-format", "json"]);
+        command.args(["--nri-socket", &self.nri, "--log-format", "json"]).args(&self.runtimes);
         // What is held is told only there while it is.
         command.env("PILLION_LOG_LEVEL", "info,pillion_runtime::nri=debug");
         Ok(command)

@@ -1,0 +1,176 @@
+//! Docker 20.10 and 28, with the runtime that `pillion install-hooks` gives it: what becomes of containers' very first
+//! connections, of containers whose companions fail or hang, and of everything when agent or dockerd go away meanwhile.
+
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use pillion_tests::{Engine, engines::policies, on_machine, wait_until};
+
+const SOON: Duration = Duration::from_secs(30);
+const HELD: &[&str] = &["--runtime", "pillion"];
+
+fn with_agent(machine: &pillion_tests::Machine, version: &'static str) -> Result<Engine> {
+    let mut engine = Engine::docker(machine, version)?;
+    for (name, policy) in policies("docker") {
+        engine.agent.policy(name, &policy)?;
+    }
+    engine.agent.run()?;
+    engine.until_watched()?;
+    Ok(engine)
+}
+
+fn first_connections(version: &'static str) -> Result<()> {
+    on_machine(|machine| {
+        let mut engine = Engine::docker(machine, version)?;
+        for (name, policy) in policies("docker") {
+            engine.agent.policy(name, &policy)?;
+        }
+        // Without an agent that ever was, everything starts; what runs is attached when one comes.
+        engine.passes("early", "web", HELD)?;
+        engine.agent.run()?;
+        engine.until_watched()?;
+        let early = engine.agent.until_verdict("docker/early", "attached")?;
+        ensure!(early["firstInstruction"] == "after", "{early}");
+
+        let known = engine.captures("first", "wrapper", HELD)?;
+        // What the gate told and what the source told are one workload: nothing was seen to change.
+        let events = known["events"].as_array().context("events")?;
+        let attached = events.iter().filter(|event| event["kind"] == "attached").count();
+        ensure!(attached == 1, "{events:?}");
+        // Labels select.
+        engine.passes("other", "nothing", HELD)?;
+        engine.agent.until_verdict("docker/other", "notMatched")?;
+        // Through another runtime it is seen, late.
+        engine.passes("late", "web", &[])?;
+        let late = engine.agent.until_verdict("docker/late", "attached")?;
+        ensure!(late["firstInstruction"] == "after", "{late}");
+        // A name is the workload's.
+        engine.tool(&["rename", "late", "later"])?.success()?;
+        engine.agent.until_verdict("docker/later", "attached")?;
+        engine.agent.until_forgotten("docker/late")?;
+
+        // As the default runtime.
+        let before = fs::read_to_string(engine.config())?;
+        let installed = engine.install(&["--default"])?.success()?;
+        ensure!(
+            installed.stdout.contains("+") && installed.stdout.contains("default-runtime"),
+            "{}",
+            installed.stdout
+        );
+        engine.reload("pillion {")?;
+        engine.captures("default", "wrapper", &[])?;
+        let again = engine.install(&["--default"])?.success()?;
+        ensure!(again.stdout.is_empty(), "a second time: {}", again.stdout);
+        ensure!(fs::read_to_string(engine.config())? != before);
+
+        // dockerd goes away and comes back; by default it takes its containers with it.
+        engine.restart()?;
+        engine.until_watched()?;
+        for name in ["first", "later", "default"] {
+            engine.agent.until_forgotten(&engine.id(name))?;
+            engine.remove(name)?;
+        }
+        engine.captures("after-restart", "wrapper", HELD)?;
+
+        // Taken out while a container runs that was started through it: it can still be stopped.
+        engine.pillion(&["uninstall-hooks"])?.success()?;
+        let now: serde_json::Value = serde_json::from_str(&fs::read_to_string(engine.config())?)?;
+        ensure!(now.get("default-runtime").is_none() && now["runtimes"].get("pillion").is_none(), "{now}");
+        engine.remove("after-restart")?;
+        engine.agent.until_forgotten("docker/after-restart")?;
+        engine.end()
+    })
+}
+
+#[test]
+fn first_connections_are_captured_by_docker_20_10() -> Result<()> {
+    first_connections("bookworm")
+}
+
+#[test]
+fn first_connections_are_captured_by_docker_28() -> Result<()> {
+    first_connections("sid")
+}
+
+fn failures(version: &'static str) -> Result<()> {
+    on_machine(|machine| {
+        let mut engine = with_agent(machine, version)?;
+        for app in ["failing-open", "hanging-open"] {
+            engine.passes(app, app, HELD)?;
+            let known = engine.agent.workload(&engine.id(app))?.context("it is known")?;
+            ensure!(known["gate"] == "wrapper" && known["verdict"] != "attached", "{known}");
+            engine.remove(app)?;
+        }
+        for app in ["failing-closed", "hanging-closed"] {
+            engine.refuses(app, app, HELD)?;
+        }
+
+        // Killed while it is held: nothing waits for the companion any more.
+        thread::scope(|scope| -> Result<()> {
+            let starting = scope.spawn(|| engine.start("killed", "hanging-closed", HELD));
+            let known = engine.agent.until("docker/killed", "held", |it| it["gate"] == "wrapper")?;
+            let pid = known["pid"].as_i64().context("a pid")?;
+            kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+            let started = starting.join().expect("no panic")?;
+            ensure!(!started.status.success(), "it was started");
+            Ok(())
+        })?;
+        engine.remove("killed")?;
+        engine.agent.until_forgotten("docker/killed")?;
+
+        // The agent is killed: closed policies refuse, by name, and others have nothing to do with it.
+        engine.captures("adopted", "wrapper", HELD)?;
+        engine.agent.stop(Signal::SIGKILL)?;
+        engine.passes("absent", "web", HELD)?;
+        engine.passes("unmatched", "nothing", HELD)?;
+        engine.refuses("refused", "failing-closed", HELD)?;
+        // And again there, it knows all.
+        engine.agent.run()?;
+        engine.until_watched()?;
+        let known = engine.agent.until_verdict("docker/absent", "attached")?;
+        ensure!(known["firstInstruction"] == "after", "{known}");
+        let known = engine.agent.until_verdict("docker/adopted", "attached")?;
+        ensure!(known["firstInstruction"] == "before", "{known}");
+        engine.captures("again", "wrapper", HELD)?;
+        engine.end()
+    })
+}
+
+#[test]
+fn failing_and_hanging_companions_and_absent_agents_follow_the_policy_on_docker_20_10() -> Result<()> {
+    failures("bookworm")
+}
+
+#[test]
+fn failing_and_hanging_companions_and_absent_agents_follow_the_policy_on_docker_28() -> Result<()> {
+    failures("sid")
+}
+
+#[test]
+fn fifty_containers_at_once() -> Result<()> {
+    on_machine(|machine| {
+        let engine = with_agent(machine, "bookworm")?;
+        let begun = Instant::now();
+        thread::scope(|scope| -> Result<()> {
+            let start = |number: usize| engine.start(&format!("many-{number}"), "web", HELD);
+            let starting: Vec<_> = (0..50).map(|number| scope.spawn(move || start(number))).collect();
+            for one in starting {
+                one.join().expect("no panic")?.success()?;
+            }
+            Ok(())
+        })?;
+        let took = begun.elapsed();
+        wait_until("fifty connections", SOON, || engine.echo.peers().len() >= 50)?;
+        let redirected = engine.agent.counter("outboundRedirected")?;
+        ensure!(redirected == 50, "{redirected} of 50 first connections were redirected");
+        ensure!(took < Duration::from_secs(60), "fifty starts took {took:?}");
+        engine.end()
+    })
+}
