@@ -66,6 +66,11 @@ pub(crate) struct Draft {
 impl Draft {
     /// Writes it, with owner and mode of the file that is there.
     pub(crate) fn write(path: &Path, text: &str) -> anyhow::Result<Self> {
+        Self::like(path, path, text)
+    }
+
+    /// The same, with owner and mode of another file.
+    fn like(model: &Path, path: &Path, text: &str) -> anyhow::Result<Self> {
         let new = beside(path, NEW);
         let draft = Self { path: path.to_owned(), new: new.clone(), kept: false };
         let written = || -> io::Result<()> {
@@ -76,7 +81,7 @@ impl Draft {
             }
             let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
             file.write_all(text.as_bytes())?;
-            let mode = match fs::symlink_metadata(path) {
+            let mode = match fs::symlink_metadata(model) {
                 Ok(old) => {
                     fchown(&file, Some(old.uid()), Some(old.gid()))?;
                     old.mode() & 0o7777
@@ -136,7 +141,7 @@ pub(crate) fn back_up(path: &Path, text: &str) -> anyhow::Result<PathBuf> {
     match fs::symlink_metadata(&backup) {
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let draft = Draft::write(path, text)?;
+            let draft = Draft::like(path, &backup, text)?;
             // Not over one that has come up meanwhile.
             let linked = fs::hard_link(draft.place(), &backup);
             linked.with_context(|| format!("cannot write {}", backup.display()))?;
@@ -204,8 +209,11 @@ mod tests {
         fs::write(&path, "one").unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
         assert_eq!(read(&path).unwrap().as_deref(), Some("one"));
+        // In the order of an installation.
+        let draft = Draft::write(&path, "two").unwrap();
         let backup = back_up(&path, "one").unwrap();
-        Draft::write(&path, "two").unwrap().replace().unwrap();
+        draft.replace().unwrap();
+        assert_eq!(fs::metadata(&backup).unwrap().mode() & 0o777, 0o640);
         assert_eq!(back_up(&path, "two").unwrap(), backup);
         assert_eq!(fs::read_to_string(&backup).unwrap(), "one");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o640);
