@@ -60,7 +60,7 @@ fn first_connections(version: &'static str) -> Result<()> {
         let before = fs::read_to_string(engine.config())?;
         let installed = engine.install(&["--default"])?.success()?;
         ensure!(
-            installed.stdout.contains("+") && installed.stdout.contains("default-runtime"),
+            installed.stdout.contains('+') && installed.stdout.contains("default-runtime"),
             "{}",
             installed.stdout
         );
