@@ -50,12 +50,16 @@ pub(crate) struct Kept<M: Machinery> {
     pub(crate) state: State,
     pub(crate) resolved: Option<Resolved>,
     pub(crate) claims: Claims,
-    sources: Sources,
+    pub(crate) sources: Sources,
     pub(crate) slots: Vec<Slot<M>>,
     pub(crate) starts: JoinSet<Started<M>>,
     pub(crate) guard: Option<M::Guard>,
     pub(crate) first_instruction: Option<FirstInstruction>,
     pub(crate) refused: Option<Refused>,
+    /// Open connections are to be reset as soon as the rules act.
+    pub(crate) reset_due: bool,
+    /// Why they could not be.
+    pub(crate) unreset: Option<String>,
     adopted: bool,
 }
 
@@ -90,6 +94,8 @@ impl<M: Machinery> Default for Kept<M> {
             guard: None,
             first_instruction: None,
             refused: None,
+            reset_due: false,
+            unreset: None,
             adopted: false,
         }
     }
@@ -156,6 +162,7 @@ impl<M: Machinery> Driver<M> {
                 self.kept.guard = Some(guard);
                 self.kept.first_instruction = record.first_instruction;
                 self.kept.adopted = true;
+                self.kept.reset_due = record.reset_due;
             }
             Err(fault) => {
                 warn!(workload = %self.workload.id, error = %fault, "redirection could not be adopted, attaching anew");
@@ -166,6 +173,7 @@ impl<M: Machinery> Driver<M> {
     async fn serve(&mut self) -> Result<End, Fault> {
         loop {
             self.advance().await?;
+            self.reset_what_is_due().await;
             // Marked as seen: a wish that comes while this one is served wakes the loop again.
             let wish = self.wish.borrow_and_update().clone();
             match wish {
@@ -265,7 +273,9 @@ impl<M: Machinery> Driver<M> {
             FirstInstruction::After => FirstInstruction::After,
             FirstInstruction::Before | FirstInstruction::Unknown => self.look().await,
         };
-        self.kept.first_instruction = Some(self.witness.judge(before, after));
+        let first = self.witness.judge(before, after);
+        self.kept.first_instruction = Some(first);
+        self.owe_reset_at_attach(first);
         Ok(())
     }
 
@@ -293,6 +303,7 @@ impl<M: Machinery> Driver<M> {
         let before = mem::replace(&mut self.plan, plan);
         self.kept.sources = sources;
         self.kept.resolved = Some(resolved.clone());
+        self.owe_reset_at_replan(&before);
         self.close_first().await?;
         let mut old = mem::take(&mut self.kept.slots);
         let mut slots = slots_of(&self.plan, &resolved);

@@ -15,7 +15,7 @@ use std::{
 use pillion_companion::CompanionRecord;
 use pillion_redirect::{RedirectRecord, Sources};
 use pillion_workload::{
-    Cgroup, CgroupId, CompanionName, FailureMode, FirstInstruction, Instance, NetnsId, Pid, Plan, ProcessId,
+    Cgroup, CgroupId, CompanionName, ExistingConnections, FailureMode, FirstInstruction, Instance, NetnsId, Pid, Plan, ProcessId,
     RuntimeKind, StartTime, Subject, Target, Workload, WorkloadId,
 };
 use tokio::{
@@ -31,7 +31,7 @@ use crate::{
     namespace::{Claims, Settled},
     ports::{Resolved, resolve},
     record::BoxFuture,
-    testing::{companion, outbound, plan},
+    testing::{companion, inbound, outbound, plan},
 };
 
 type News = mpsc::Receiver<CompanionNews<String>>;
@@ -47,6 +47,8 @@ struct Diary {
     slow_starts: AtomicBool,
     /// Connections that companions have not asked for: one less at each look.
     waiting: Mutex<usize>,
+    /// Whether the workload had begun when it was told of.
+    has_begun: AtomicBool,
     /// Through which the tests speak as companions.
     voices: Mutex<BTreeMap<String, mpsc::Sender<CompanionNews<String>>>>,
 }
@@ -206,6 +208,10 @@ impl Machinery for Diary {
         self.step("update", format!("update {:?}", rules.mode))
     }
 
+    async fn reset(&self, _: &Workload, _: &OwnedFd, _: Rules<'_>) -> Result<usize, Fault> {
+        self.step("reset", "reset").map(|()| 3)
+    }
+
     fn drain(&self, _: &mut Vec<String>) -> Result<usize, Fault> {
         self.step("drain", "drain")?;
         let mut waiting = self.waiting.lock().unwrap();
@@ -296,7 +302,11 @@ impl Test {
             workload: Arc::new(workload()),
             netns: Arc::new(std::fs::File::open("/dev/null").unwrap().into()),
             witness: Arc::new(Begun),
-            told_first: FirstInstruction::Before,
+            told_first: if diary.has_begun.load(Ordering::Relaxed) {
+                FirstInstruction::After
+            } else {
+                FirstInstruction::Before
+            },
             serial: 1,
             reports: sender,
             plan: earlier.as_ref().map_or(plan, |record| Arc::new(record.plan.clone())),
@@ -531,6 +541,7 @@ async fn what_an_earlier_agent_only_intended_is_done_anew() {
         guard: None,
         first_instruction: None,
         gate: None,
+        reset_due: false,
     };
     let mut test = Test::begin(&diary, two(), Some(record));
     test.until(|happening| *happening == Happening::Attached).await;
@@ -577,4 +588,118 @@ async fn a_plan_that_becomes_closed_while_companions_start_is_closed_at_once() {
     let wanted =
         ["redirect to []", "disconnect a", "given up a", "start a", "connect a", "start b", "connect b"];
     assert_eq!(diary.take(), wanted);
+}
+
+fn resetting() -> Plan {
+    Plan { existing_connections: ExistingConnections::Reset, ..two() }
+}
+
+fn is_reset(happening: &Happening) -> bool {
+    matches!(happening, Happening::ConnectionsReset { count: 3 })
+}
+
+#[tokio::test(start_paused = true)]
+async fn open_connections_are_reset_when_the_workload_has_begun_and_the_policy_says_so() {
+    for (has_begun, plan, resets) in
+        [(true, resetting(), 1), (false, resetting(), 0), (true, two(), 0), (false, two(), 0)]
+    {
+        let diary = Arc::new(Diary::default());
+        diary.has_begun.store(has_begun, Ordering::Relaxed);
+        let mut test = Test::begin(&diary, plan, None);
+        test.until(|happening| *happening == Happening::Attached).await;
+        if resets > 0 {
+            test.until(is_reset).await;
+            assert!(!test.record().unwrap().reset_due);
+        }
+        // Nor once more, or later.
+        test.wish.send(Wish::Detached).unwrap();
+        test.until(|happening| *happening == Happening::Detached).await;
+        let done = diary.take();
+        assert_eq!(done.iter().filter(|step| *step == "reset").count(), resets, "{done:?}");
+        assert_eq!(resets > 0, done.get(3).is_some_and(|step| step == "reset"), "{done:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn open_connections_are_reset_when_there_is_something_to_go_to_or_nothing_may_pass() {
+    for (mode, done) in [
+        (FailureMode::Open, &["start a", "start b", "redirect to [b]", "start a", "connect a", "reset"][..]),
+        (
+            FailureMode::Closed,
+            &["redirect to []", "start a", "reset", "start b", "connect b", "start a", "connect a"][..],
+        ),
+    ] {
+        let diary = Arc::new(Diary::default());
+        diary.has_begun.store(true, Ordering::Relaxed);
+        diary.failing_starts.lock().unwrap().insert("a".into(), 1);
+        let mut test = Test::begin(&diary, Plan { on_failure: mode, ..resetting() }, None);
+        test.until(|happening| match mode {
+            FailureMode::Open => is_reset(happening),
+            FailureMode::Closed => matches!(
+                happening,
+                Happening::CompanionReady { companion, .. } if companion.as_str() == "a"
+            ),
+        })
+        .await;
+        let mut steps = diary.take();
+        // The start is a task of its own: which of the two is first does not matter.
+        if mode == FailureMode::Closed && steps[1] == "reset" {
+            steps.swap(1, 2);
+        }
+        assert_eq!(steps, done);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_that_comes_to_reset_does_so_once() {
+    let diary = Arc::new(Diary::default());
+    let mut test = Test::begin(&diary, two(), None);
+    test.until(|happening| *happening == Happening::Attached).await;
+    diary.take();
+    let mut plan = resetting();
+    test.wish.send(Wish::Attached(Arc::new(plan.clone()))).unwrap();
+    test.until(is_reset).await;
+    assert_eq!(diary.take(), ["update Open", "reset"]);
+    // Something else changes: open connections may be direct for a reason.
+    plan.on_failure = FailureMode::Closed;
+    test.wish.send(Wish::Attached(Arc::new(plan.clone()))).unwrap();
+    test.until(|happening| *happening == Happening::Replanned).await;
+    // More is redirected than before.
+    plan.redirect.inbound =
+        vec![inbound(&[8080], Target { companion: "a".parse().unwrap(), port: Some(15001) })];
+    test.wish.send(Wish::Attached(Arc::new(plan))).unwrap();
+    test.until(is_reset).await;
+    assert_eq!(diary.take().iter().filter(|step| *step == "reset").count(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_that_cannot_be_reset_are_told_of() {
+    let diary = Arc::new(Diary::default()).fail("reset");
+    diary.has_begun.store(true, Ordering::Relaxed);
+    let mut test = Test::begin(&diary, resetting(), None);
+    let report = test.until(|happening| matches!(happening, Happening::ConnectionsKept { .. })).await;
+    assert_eq!(report.view.state, State::Attached { missing: [].into() });
+    assert_eq!(report.view.unreset.as_deref(), Some("no reset"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_that_is_due_when_the_agent_is_killed_is_done_by_the_next() {
+    let diary = Arc::new(Diary::default());
+    diary.has_begun.store(true, Ordering::Relaxed);
+    diary.failing_starts.lock().unwrap().insert("a".into(), u32::MAX);
+    let mut test = Test::begin(&diary, resetting(), None);
+    test.until(|happening| *happening == Happening::Attached).await;
+    let record = test.record().unwrap();
+    assert!(record.reset_due);
+    test.wish.send(Wish::Left).unwrap();
+    test.task.await.unwrap();
+    assert!(!diary.take().contains(&"reset".to_owned()));
+    diary.failing_starts.lock().unwrap().clear();
+    let mut next = Test::begin(&diary, resetting(), Some(record));
+    next.until(|happening| *happening == Happening::Started).await;
+    while diary.voices.lock().unwrap().get("b").is_none_or(mpsc::Sender::is_closed) {
+        tokio::task::yield_now().await;
+    }
+    diary.say("b", CompanionNews::Ready { ready: "b".into(), pid: Pid(1) });
+    next.until(is_reset).await;
 }

@@ -12,6 +12,7 @@ mod companions;
 mod driver;
 #[cfg(test)]
 mod driver_tests;
+mod existing;
 mod machinery;
 mod namespace;
 mod node;

@@ -99,6 +99,14 @@ pub(crate) trait Machinery: Send + Sync + 'static {
     /// Changes rules and failure mode in place.
     fn update(&self, guard: &mut Self::Guard, netns: &OwnedFd, rules: Rules<'_>) -> Result<(), Fault>;
 
+    /// Resets the workload's open connections that `rules`, now in force, would have taken. Tells how many.
+    fn reset(
+        &self,
+        workload: &Workload,
+        netns: &OwnedFd,
+        rules: Rules<'_>,
+    ) -> impl Future<Output = Result<usize, Fault>> + Send;
+
     /// Redirects no new connection from now on. Tells how many of those before companions have still to ask for.
     fn drain(&self, guard: &mut Self::Guard) -> Result<usize, Fault>;
 

@@ -264,6 +264,12 @@ impl Machinery for Node {
         guard.update(netns.as_fd(), rules.spec, rules.mode, rules.sources).map_err(|error| Fault::of(&error))
     }
 
+    async fn reset(&self, workload: &Workload, netns: &OwnedFd, rules: Rules<'_>) -> Result<usize, Fault> {
+        let cgroup = &workload.instance.cgroup;
+        let reset = pillion_companion::reset_connections(netns.as_fd(), cgroup, rules.spec, rules.mode);
+        reset.await.map_err(|error| Fault::of(&error))
+    }
+
     fn drain(&self, guard: &mut RedirectGuard) -> Result<usize, Fault> {
         guard.drain().map_err(|error| Fault::of(&error))
     }

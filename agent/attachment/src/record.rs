@@ -31,6 +31,14 @@ pub struct Record {
     /// Which gate has held the workload; absent when none has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gate: Option<Gate>,
+    /// Whether open connections are still to be reset. Absent in records of earlier agents.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub reset_due: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a function of a reference")]
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 impl Record {

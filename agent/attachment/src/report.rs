@@ -36,6 +36,8 @@ pub struct View {
     pub first_instruction: Option<FirstInstruction>,
     /// Why a changed plan is not in force; `plan` is the one of before.
     pub refused: Option<String>,
+    /// Why open connections, which the plan resets, are as they were.
+    pub unreset: Option<String>,
 }
 
 /// How a companion stands.
@@ -89,6 +91,16 @@ pub enum Happening {
     Replanned,
     /// A changed plan could not be put in force; the one of before is.
     ReplanFailed {
+        /// Why.
+        reason: String,
+    },
+    /// Connections that were open before, and that the rules would have taken, have been reset.
+    ConnectionsReset {
+        /// How many.
+        count: usize,
+    },
+    /// They could not be: some may go on unredirected.
+    ConnectionsKept {
         /// Why.
         reason: String,
     },

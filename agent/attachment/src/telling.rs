@@ -25,6 +25,7 @@ impl<M: Machinery> Driver<M> {
             guard: self.kept.guard.as_ref().map(|guard| self.machinery.redirect_record(guard)),
             first_instruction: self.kept.first_instruction,
             gate: self.witness.gate(),
+            reset_due: self.kept.reset_due,
         }
     }
 
@@ -43,6 +44,7 @@ impl<M: Machinery> Driver<M> {
             companions: self.kept.slots.iter().map(Slot::view).collect(),
             first_instruction: self.kept.first_instruction,
             refused: self.kept.refused.as_ref().map(|refused| refused.reason.clone()),
+            unreset: self.kept.unreset.clone(),
         };
         let report = Report { workload: self.workload.id.clone(), serial: self.serial, happening, view };
         // Nobody listens any more: the owner is ending, and what is in force stays.

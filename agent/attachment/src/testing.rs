@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use pillion_workload::{
-    CompanionKind, CompanionSpec, Exclusions, FailureMode, InboundRule, OutboundRule, Plan, Readiness,
+    CompanionKind, CompanionSpec, Exclusions, ExistingConnections, FailureMode, InboundRule, OutboundRule, Plan, Readiness,
     RedirectSpec, Resources, Target, UserSpec,
 };
 
@@ -13,6 +13,7 @@ pub(crate) fn plan(companions: &[&str]) -> Plan {
         companions: companions.iter().map(|name| companion(name)).collect(),
         redirect: RedirectSpec::default(),
         on_failure: FailureMode::Open,
+        existing_connections: ExistingConnections::Keep,
     }
 }
 

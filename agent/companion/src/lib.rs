@@ -9,6 +9,7 @@
 
 mod builtin;
 mod companion;
+mod connections;
 mod directory;
 mod error;
 mod exec;
@@ -29,6 +30,7 @@ pub mod relay;
 pub mod render;
 
 pub use companion::{Companion, CompanionEvent, CompanionRecord, discard, start};
+pub use connections::{ResetError, reset_connections};
 pub use error::CompanionError;
 pub use host::{Host, HostConfig, Launch, ResolvedPorts};
 pub use logs::{LogLine, Stream};

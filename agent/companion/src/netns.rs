@@ -96,27 +96,50 @@ const NLMSG_HEADER: usize = 16;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLM_F_DUMP: u16 = 0x300;
+/// The answer ends with an acknowledgement, which bears the error.
+pub(crate) const NLM_F_ACK: u16 = 4;
+/// The answer is a list.
+pub(crate) const NLM_F_DUMP: u16 = 0x300;
+/// Ask sock_diag(7) for sockets of one family.
+pub(crate) const SOCK_DIAG_BY_FAMILY: u16 = 20;
 
 /// All listening TCP sockets of the calling thread's network namespace. Unlike `/proc/net/tcp` this does not walk the
 /// table of established connections, which takes milliseconds on a large machine.
 pub(crate) fn listening_sockets() -> io::Result<Vec<ListeningSocket>> {
-    const SOCK_DIAG_BY_FAMILY: u16 = 20;
     const TCP_LISTEN: u32 = 10;
-    let socket = netlink_socket(Some(netlink::SOCK_DIAG))?;
+    let socket = sock_diag()?;
     let mut found = Vec::new();
-    for family in [AddressFamily::INET, AddressFamily::INET6] {
-        // struct inet_diag_req_v2: family, protocol, extensions, padding, states, then 48 bytes of zeros: any socket.
-        let mut request =
-            vec![u8::try_from(family.as_raw()).expect("AF_INET and AF_INET6 are small"), 6, 0, 0];
-        request.extend((1_u32 << TCP_LISTEN).to_ne_bytes());
-        request.resize(56, 0);
-        exchange(&socket, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request, |message| {
-            found.extend(parse_listening(message));
-        })?;
-    }
+    for_each_tcp_socket(&socket, 1 << TCP_LISTEN, |message| found.extend(parse_listening(message)))?;
     Ok(found)
+}
+
+/// A socket for `sock_diag(7)` in the calling thread's network namespace.
+pub(crate) fn sock_diag() -> io::Result<OwnedFd> {
+    netlink_socket(Some(netlink::SOCK_DIAG))
+}
+
+/// Hands every TCP socket in one of `states` (bits by state number), IPv4 and IPv6, to `each` as a
+/// `struct inet_diag_msg` with its attributes.
+pub(crate) fn for_each_tcp_socket(
+    socket: &OwnedFd,
+    states: u32,
+    mut each: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    for family in [AddressFamily::INET, AddressFamily::INET6] {
+        // 48 bytes of zeros stand for any address.
+        exchange(socket, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &diag_request(family, states, &[0; 48]), &mut each)?;
+    }
+    Ok(())
+}
+
+/// `struct inet_diag_req_v2`: family, protocol, extensions, padding, states, then which socket: `struct inet_diag_sockid`.
+pub(crate) fn diag_request(family: AddressFamily, states: u32, which: &[u8; 48]) -> Vec<u8> {
+    const IPPROTO_TCP: u8 = 6;
+    let mut request =
+        vec![u8::try_from(family.as_raw()).expect("AF_INET and AF_INET6 are small"), IPPROTO_TCP, 0, 0];
+    request.extend(states.to_ne_bytes());
+    request.extend(which);
+    request
 }
 
 /// Brings up `lo` of the calling thread's network namespace (`RTM_NEWLINK`, rtnetlink(7)). It is always index 1.
@@ -141,7 +164,7 @@ fn netlink_socket(protocol: Option<rustix::net::Protocol>) -> io::Result<OwnedFd
 }
 
 /// Sends one request and hands every answer's payload to `each`, until the acknowledgement or the end of the dump.
-fn exchange(
+pub(crate) fn exchange(
     socket: &OwnedFd,
     kind: u16,
     flags: u16,
@@ -195,7 +218,7 @@ fn parse_listening(message: &[u8]) -> Option<ListeningSocket> {
     Some(ListeningSocket { address, port, inode: u32_at(fixed, 68).into() })
 }
 
-fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> u32 {
     u32::from_ne_bytes([bytes[offset], bytes[offset + 1], bytes[offset + 2], bytes[offset + 3]])
 }
 

@@ -474,6 +474,10 @@ pub(crate) enum EventKind {
     CompanionExited,
     /// A policy change was applied to a live attachment.
     PlanChanged,
+    /// Connections that were open before were reset, as the policy says.
+    ConnectionsReset,
+    /// They could not be.
+    ConnectionsKept,
     /// A detach began.
     Detaching,
     /// Nothing of Pillion is left at the workload.

@@ -93,6 +93,7 @@ fn is_trouble(kind: EventKind) -> bool {
         | EventKind::AttachFailed
         | EventKind::Degraded
         | EventKind::CompanionExited
+        | EventKind::ConnectionsKept
         | EventKind::DetachFailed
         | EventKind::AdmittedOpen
         | EventKind::Refused
@@ -109,6 +110,7 @@ fn is_trouble(kind: EventKind) -> bool {
         | EventKind::Recovered
         | EventKind::CompanionReady
         | EventKind::PlanChanged
+        | EventKind::ConnectionsReset
         | EventKind::Detaching
         | EventKind::Detached
         | EventKind::Held

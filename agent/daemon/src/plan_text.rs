@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, time::Duration};
 
 use pillion_workload::{
-    CompanionKind, CompanionSpec, FailureMode, OutboundRule, Plan, Probe, Resources, Target,
+    CompanionKind, CompanionSpec, ExistingConnections, FailureMode, OutboundRule, Plan, Probe, Resources, Target,
 };
 
 use crate::render::{plain, span};
@@ -30,6 +30,12 @@ pub(crate) fn in_words(plan: &Plan) -> String {
         }
         FailureMode::Closed => "while a companion is not ready, new connections are refused (closed)\n",
     });
+    match plan.existing_connections {
+        ExistingConnections::Keep => {}
+        ExistingConnections::Reset => out.push_str(
+            "connections that are open when this comes into force are reset, if they would have gone to a companion\n",
+        ),
+    }
     out
 }
 
@@ -166,6 +172,7 @@ mod tests {
                 inbound: vec![InboundRule { ports: [8080].into(), to: to(None) }],
             },
             on_failure: FailureMode::Closed,
+            existing_connections: ExistingConnections::Reset,
             companions: vec![envoy.clone()],
         };
         assert_eq!(
@@ -179,7 +186,8 @@ mod tests {
              \x20 10s between SIGTERM and SIGKILL\n\
              connections that it makes go to envoy:15001, except to loopback, ports 22, 53, 169.254.0.0/16\n\
              connections from outside to port 8080 go to envoy (port allocated)\n\
-             while a companion is not ready, new connections are refused (closed)\n"
+             while a companion is not ready, new connections are refused (closed)\n\
+             connections that are open when this comes into force are reset, if they would have gone to a companion\n"
         );
     }
 

@@ -350,6 +350,7 @@ fn event_tone(kind: EventKind) -> Tone {
         | EventKind::Degraded
         | EventKind::CompanionExited
         | EventKind::AdmittedOpen
+        | EventKind::ConnectionsKept
         | EventKind::JournalFault => Tone::Warn,
         EventKind::AttachFailed | EventKind::DetachFailed | EventKind::Refused | EventKind::CannotAttach => {
             Tone::Bad
@@ -361,6 +362,7 @@ fn event_tone(kind: EventKind) -> Tone {
         | EventKind::SourceUp
         | EventKind::Attaching
         | EventKind::PlanChanged
+        | EventKind::ConnectionsReset
         | EventKind::Detaching
         | EventKind::Detached
         | EventKind::Held

@@ -4,7 +4,7 @@
 
 use std::{ops::Range, path::Path, sync::Arc};
 
-use pillion_workload::{FailureMode, Plan, PolicyName, RedirectSpec};
+use pillion_workload::{ExistingConnections, FailureMode, Plan, PolicyName, RedirectSpec};
 
 use crate::{
     companion,
@@ -22,7 +22,7 @@ pub const API_VERSION: &str = "pillion.dev/v1alpha1";
 pub const KIND: &str = "InjectionPolicy";
 
 const PRIORITY: i128 = 1_000_000;
-const LATER_SPEC: [&str; 2] = ["existingConnections", "rollout"];
+const LATER_SPEC: [&str; 1] = ["rollout"];
 
 /// What was made of a document; the policy is there only when nothing is wrong with it.
 pub(crate) struct Document {
@@ -148,7 +148,7 @@ fn stem(path: &Path) -> String {
 
 /// Reads `spec` to its end even where the name is missing, so that all faults are found.
 fn spec_of(node: &Node, name: Option<&At<PolicyName>>, report: &mut Report<'_>) -> Option<Draft> {
-    let known = ["priority", "select", "companions", "redirect", "onFailure"];
+    let known = ["priority", "select", "companions", "redirect", "onFailure", "existingConnections"];
     let fields = Fields::open(node, "spec", &known, &LATER_SPEC, report)?;
     let select_at = fields.key("select").map_or_else(|| fields.at().clone(), |key| key.at.clone());
     let priority = priority(&fields, select_at, report);
@@ -164,6 +164,10 @@ fn spec_of(node: &Node, name: Option<&At<PolicyName>>, report: &mut Report<'_>) 
         (Some(_), None) | (None, _) => RedirectSpec::default(),
     };
     let on_failure = fields.get("onFailure").map_or(Some(FailureMode::Open), |node| on_failure(node, report));
+    let existing_connections = match fields.get("existingConnections") {
+        Some(node) => existing_connections(node, report),
+        None => Some(ExistingConnections::default()),
+    };
     Some(Draft {
         name: name?.clone(),
         priority,
@@ -173,6 +177,7 @@ fn spec_of(node: &Node, name: Option<&At<PolicyName>>, report: &mut Report<'_>) 
             companions: companions?.into_iter().map(|companion| companion.spec).collect(),
             redirect,
             on_failure: on_failure?,
+            existing_connections: existing_connections?,
         }),
     })
 }
@@ -194,6 +199,21 @@ fn on_failure(node: &Node, report: &mut Report<'_>) -> Option<FailureMode> {
             &mode.at,
             format!("unknown spec.onFailure {}", quoted(&mode.value)),
             "write `open` (traffic passes without the companion) or `closed` (connections are refused)",
+        ),
+    }
+    None
+}
+
+fn existing_connections(node: &Node, report: &mut Report<'_>) -> Option<ExistingConnections> {
+    let value = text(node, "spec.existingConnections", report)?;
+    match value.value.as_str() {
+        "keep" => return Some(ExistingConnections::Keep),
+        "reset" => return Some(ExistingConnections::Reset),
+        _ => report.fault(
+            &value.at,
+            format!("unknown spec.existingConnections {}", quoted(&value.value)),
+            "write `keep` (open connections stay as they are) or `reset` (they are cut, to be made anew through the \
+             companion)",
         ),
     }
     None

@@ -14,7 +14,7 @@ pub use id::{
     UnknownRuntime, WorkloadId,
 };
 pub use plan::{
-    CompanionKind, CompanionSpec, Exclusions, ExecSpec, FailureMode, InboundRule, OutboundRule, Plan, Probe,
+    CompanionKind, CompanionSpec, Exclusions, ExecSpec, ExistingConnections, FailureMode, InboundRule, OutboundRule, Plan, Probe,
     Readiness, RedirectSpec, Resources, Target, UserSpec,
 };
 pub use ready::{Family, Listener, ReadyCompanion};

@@ -20,6 +20,9 @@ pub struct Plan {
     pub redirect: RedirectSpec,
     /// What happens to sockets and to the workload while a companion is not there.
     pub on_failure: FailureMode,
+    /// What happens to connections that were open before redirection was in force. Absent in records of earlier agents.
+    #[serde(default)]
+    pub existing_connections: ExistingConnections,
 }
 
 /// What to do when a companion is missing, not ready or dead.
@@ -30,6 +33,17 @@ pub enum FailureMode {
     Open,
     /// New connections are refused (`ECONNREFUSED`).
     Closed,
+}
+
+/// What to do with connections that the rules would have taken, had they been in force when these were made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExistingConnections {
+    /// They stay as they are.
+    #[default]
+    Keep,
+    /// They are reset, so that the workload makes them anew, through the companion.
+    Reset,
 }
 
 /// A companion process to start.

@@ -159,7 +159,11 @@ impl Entry {
                     (Some(reason), true) => {
                         (Verdict::Degraded, Some(format!("the changed policy is not in force: {reason}")))
                     }
-                    (None, true) => (Verdict::Attached, None),
+                    (None, true) => {
+                        let kept =
+                            |reason: &String| format!("open connections could not be reset: {reason}");
+                        (Verdict::Attached, view.unreset.as_ref().map(kept))
+                    }
                 },
                 Some((State::Detaching | State::Detached, _)) => (Verdict::Detaching, None),
                 Some((State::Failed { reason }, _)) => (Verdict::Failed, Some(reason.clone())),

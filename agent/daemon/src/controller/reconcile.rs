@@ -76,7 +76,7 @@ pub(super) fn next_step(want: &Want<'_>, have: &Have<'_>) -> Step {
 mod tests {
     use std::path::PathBuf;
 
-    use pillion_workload::{Cgroup, CgroupId, FailureMode, NetnsId, Pid, ProcessId, RedirectSpec, StartTime};
+    use pillion_workload::{Cgroup, CgroupId, ExistingConnections, FailureMode, NetnsId, Pid, ProcessId, RedirectSpec, StartTime};
 
     use super::*;
 
@@ -94,6 +94,7 @@ mod tests {
             companions: Vec::new(),
             redirect: RedirectSpec::default(),
             on_failure: FailureMode::Open,
+            existing_connections: ExistingConnections::Keep,
         })
     }
 

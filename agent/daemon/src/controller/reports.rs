@@ -88,6 +88,14 @@ impl Controller {
                 EventKind::PlanChanged,
                 format!("the changed policy could not be put in force: {reason}"),
             ),
+            Happening::ConnectionsReset { count } => {
+                let noun = if *count == 1 { "connection" } else { "connections" };
+                entry(EventKind::ConnectionsReset, format!("{count} open {noun} reset, to be made anew"))
+            }
+            Happening::ConnectionsKept { reason } => entry(
+                EventKind::ConnectionsKept,
+                format!("open connections could not be reset, and go on as they are: {reason}"),
+            ),
             Happening::Detaching => entry(EventKind::Detaching, "detaching".into()),
             Happening::Detached => entry(EventKind::Detached, "nothing of Pillion is left at it".into()),
             Happening::Failed => {

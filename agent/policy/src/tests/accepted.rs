@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use pillion_workload::{CompanionKind, FailureMode, Plan, Probe};
+use pillion_workload::{CompanionKind, ExistingConnections, FailureMode, Plan, Probe};
 
 use super::{file, one, policy};
 use crate::{PolicySet, SourceFile, parse};
@@ -71,6 +71,18 @@ fn the_other_examples_are_valid() {
     let haproxy = example("companions/haproxy/policy.yaml");
     let outbound = plan(&haproxy).redirect.outbound.as_ref().expect("an outbound rule");
     assert_eq!(outbound.exclude.cidrs[1].to_string(), "::/0");
+}
+
+#[test]
+fn open_connections_stay_unless_it_says_so() {
+    for (field, expected) in [
+        ("", ExistingConnections::Keep),
+        (", existingConnections: keep", ExistingConnections::Keep),
+        (", existingConnections: reset", ExistingConnections::Reset),
+    ] {
+        let set = one(&policy("p", &format!("select: {{ names: [a] }}{field}"))).expect("valid");
+        assert_eq!(plan(&set).existing_connections, expected, "{field:?}");
+    }
 }
 
 #[test]
