@@ -15,8 +15,8 @@ use std::{
 use pillion_companion::CompanionRecord;
 use pillion_redirect::{RedirectRecord, Sources};
 use pillion_workload::{
-    Cgroup, CgroupId, CompanionName, ExistingConnections, FailureMode, FirstInstruction, Instance, NetnsId, Pid, Plan, ProcessId,
-    RuntimeKind, StartTime, Subject, Target, Workload, WorkloadId,
+    Cgroup, CgroupId, CompanionName, ExistingConnections, FailureMode, FirstInstruction, Instance, NetnsId,
+    Pid, Plan, ProcessId, RuntimeKind, StartTime, Subject, Target, Workload, WorkloadId,
 };
 use tokio::{
     sync::{mpsc, watch},

@@ -3,8 +3,8 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use pillion_workload::{
-    CompanionKind, CompanionSpec, Exclusions, ExistingConnections, FailureMode, InboundRule, OutboundRule, Plan, Readiness,
-    RedirectSpec, Resources, Target, UserSpec,
+    CompanionKind, CompanionSpec, Exclusions, ExistingConnections, FailureMode, InboundRule, OutboundRule,
+    Plan, Readiness, RedirectSpec, Resources, Target, UserSpec,
 };
 
 pub(crate) fn plan(companions: &[&str]) -> Plan {

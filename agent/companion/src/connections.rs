@@ -273,8 +273,7 @@ mod tests {
     #[test]
     fn what_the_rules_would_have_taken() {
         let to = || Target { companion: "a".parse().expect("valid"), port: Some(15001) };
-        let exclude =
-            Exclusions { ports: [22].into(), cidrs: vec!["10.9.0.0/16".parse().expect("valid")] };
+        let exclude = Exclusions { ports: [22].into(), cidrs: vec!["10.9.0.0/16".parse().expect("valid")] };
         let spec = RedirectSpec {
             outbound: Some(OutboundRule { to: to(), exclude }),
             inbound: vec![InboundRule { ports: [8080].into(), to: to() }],
@@ -331,7 +330,8 @@ mod tests {
         assert_eq!(parse(&[99; 80]), None);
         let mut message = vec![0; 72];
         message[0] = 2;
-        for attributes in [&[0, 0, 21, 0][..], &[255, 255, 21, 0], &[12, 0, 21, 0, 1], &[3, 0, 0, 0], &[8, 0]] {
+        for attributes in [&[0, 0, 21, 0][..], &[255, 255, 21, 0], &[12, 0, 21, 0, 1], &[3, 0, 0, 0], &[8, 0]]
+        {
             let message = [&message[..], attributes].concat();
             assert_eq!(parse(&message).expect("the fixed part is whole").cgroup, None, "{attributes:?}");
         }

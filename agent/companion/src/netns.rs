@@ -127,7 +127,13 @@ pub(crate) fn for_each_tcp_socket(
 ) -> io::Result<()> {
     for family in [AddressFamily::INET, AddressFamily::INET6] {
         // 48 bytes of zeros stand for any address.
-        exchange(socket, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &diag_request(family, states, &[0; 48]), &mut each)?;
+        exchange(
+            socket,
+            SOCK_DIAG_BY_FAMILY,
+            NLM_F_DUMP,
+            &diag_request(family, states, &[0; 48]),
+            &mut each,
+        )?;
     }
     Ok(())
 }

@@ -3,7 +3,8 @@
 use std::{fmt::Write as _, time::Duration};
 
 use pillion_workload::{
-    CompanionKind, CompanionSpec, ExistingConnections, FailureMode, OutboundRule, Plan, Probe, Resources, Target,
+    CompanionKind, CompanionSpec, ExistingConnections, FailureMode, OutboundRule, Plan, Probe, Resources,
+    Target,
 };
 
 use crate::render::{plain, span};

@@ -14,8 +14,8 @@ pub use id::{
     UnknownRuntime, WorkloadId,
 };
 pub use plan::{
-    CompanionKind, CompanionSpec, Exclusions, ExecSpec, ExistingConnections, FailureMode, InboundRule, OutboundRule, Plan, Probe,
-    Readiness, RedirectSpec, Resources, Target, UserSpec,
+    CompanionKind, CompanionSpec, Exclusions, ExecSpec, ExistingConnections, FailureMode, InboundRule,
+    OutboundRule, Plan, Probe, Readiness, RedirectSpec, Resources, Target, UserSpec,
 };
 pub use ready::{Family, Listener, ReadyCompanion};
 pub use subject::{Cgroup, FirstInstruction, Instance, Subject, Workload};

@@ -160,8 +160,7 @@ impl Entry {
                         (Verdict::Degraded, Some(format!("the changed policy is not in force: {reason}")))
                     }
                     (None, true) => {
-                        let kept =
-                            |reason: &String| format!("open connections could not be reset: {reason}");
+                        let kept = |reason: &String| format!("open connections could not be reset: {reason}");
                         (Verdict::Attached, view.unreset.as_ref().map(kept))
                     }
                 },

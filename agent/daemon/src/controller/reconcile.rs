@@ -76,7 +76,9 @@ pub(super) fn next_step(want: &Want<'_>, have: &Have<'_>) -> Step {
 mod tests {
     use std::path::PathBuf;
 
-    use pillion_workload::{Cgroup, CgroupId, ExistingConnections, FailureMode, NetnsId, Pid, ProcessId, RedirectSpec, StartTime};
+    use pillion_workload::{
+        Cgroup, CgroupId, ExistingConnections, FailureMode, NetnsId, Pid, ProcessId, RedirectSpec, StartTime,
+    };
 
     use super::*;
 
