@@ -1,6 +1,7 @@
 //! The BPF file system: makes sure that pins have a place, and takes back a mount that Pillion made.
 
 use std::{
+    ffi::OsStr,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -19,6 +20,9 @@ const MOUNT_POINT: &str = "/sys/fs/bpf";
 /// take it back, whatever else is lost.
 pub const MOUNT_SOURCE: &str = "pillion";
 
+/// What a new BPF file system holds where the kernel has `CONFIG_BPF_PRELOAD`.
+const OF_THE_KERNEL: [&str; 2] = ["maps.debug", "progs.debug"];
+
 /// A directory within the BPF file system.
 #[derive(Debug)]
 pub struct Bpffs {
@@ -33,7 +37,7 @@ impl Bpffs {
         let mut mounted = false;
         if root.starts_with(MOUNT_POINT) && !is_bpffs(Path::new(MOUNT_POINT)) {
             mount(
-                Some("bpf"),
+                Some(MOUNT_SOURCE),
                 MOUNT_POINT,
                 Some("bpf"),
                 MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
@@ -65,12 +69,19 @@ impl Bpffs {
         if !is_bpffs(Path::new(MOUNT_POINT)) {
             return Ok(true);
         }
-        if fs::read_dir(MOUNT_POINT).map_err(failed)?.next().is_some() {
-            return Ok(false);
+        for entry in fs::read_dir(MOUNT_POINT).map_err(failed)? {
+            if !is_of_the_kernel(&entry.map_err(failed)?.file_name()) {
+                return Ok(false);
+            }
         }
         umount2(MOUNT_POINT, MntFlags::empty()).map_err(|errno| failed(errno.into()))?;
         Ok(true)
     }
+}
+
+/// Whether a file of this name is no pin, and none of anybody's.
+pub(crate) fn is_of_the_kernel(name: &OsStr) -> bool {
+    OF_THE_KERNEL.iter().any(|known| name == *known)
 }
 
 fn is_bpffs(path: &Path) -> bool {

@@ -16,7 +16,7 @@ use aya::{
     programs::{ProgramInfo, loaded_links, loaded_programs},
 };
 
-use crate::{Inventory, KernelObject};
+use crate::{Inventory, KernelObject, bpffs};
 
 const PROGRAM_PREFIX: &str = "pl_";
 const MAP_PREFIX: &str = "PL_";
@@ -93,6 +93,7 @@ pub fn pins_below(root: &Path) -> io::Result<Vec<PathBuf>> {
         for entry in entries {
             let entry = entry?;
             match entry.file_type()? {
+                _ if bpffs::is_of_the_kernel(&entry.file_name()) => {}
                 kind if !kind.is_dir() => pins.push(entry.path()),
                 _ if depth > 0 => pending.push((entry.path(), depth - 1)),
                 _ => {}
