@@ -28,6 +28,8 @@ pub(crate) struct Prepared {
     variables: Variables,
     environment: Vec<(OsString, OsString)>,
     die_with_parent: bool,
+    /// Where it joins nothing, but leaves what the agent is in.
+    leave: Vec<PathBuf>,
 }
 
 /// Makes the directory and renders the templates; those of a running companion are left alone. Blocks on files and on the user database.
@@ -51,7 +53,10 @@ pub(crate) fn prepare(host: &HostConfig, launch: &Launch, render: bool) -> Resul
         }
     }
     let environment = environment(launch, &directory);
-    Ok(Prepared { directory, identity, variables, environment, die_with_parent: host.die_with_parent })
+    let die_with_parent = host.die_with_parent;
+    // Who dies with this process need not leave its cgroups.
+    let leave = if die_with_parent { Vec::new() } else { host.cgroups.leave_files() };
+    Ok(Prepared { directory, identity, variables, environment, die_with_parent, leave })
 }
 
 impl Prepared {
@@ -129,7 +134,7 @@ impl Prepared {
         let program = Program::Path(program);
         let arguments = command.into_iter().map(OsString::from).collect();
         let spec = LaunchSpec {
-            cgroups: cgroup.procs_files(),
+            cgroups: [cgroup.procs_files(), self.leave.clone()].concat(),
             limits: vec![
                 // A proxy needs two descriptors for each connection: all that the agent may give.
                 Limit { kind: LimitKind::Descriptors, soft: None, hard: None },

@@ -2,7 +2,7 @@
 //!
 //! On a pure cgroup2 machine there is one directory per cgroup; on a hybrid one there is one more in each of the v1
 //! hierarchies of memory, cpu and pids, also when nothing is limited: a companion outlives the agent and must not be
-//! accounted to it. eBPF and identity use the cgroup2 directory alone.
+//! accounted to it. The other v1 hierarchies it leaves for their roots. eBPF and identity use the cgroup2 directory alone.
 
 mod guard;
 mod mounts;
@@ -108,6 +108,8 @@ pub struct CgroupRoots {
     v2: PathBuf,
     v2_controllers: BTreeSet<Controller>,
     v1: BTreeMap<Controller, PathBuf>,
+    /// The roots of the other v1 hierarchies in which this process is not at the root.
+    to_leave: Vec<PathBuf>,
 }
 
 impl CgroupRoots {
@@ -116,6 +118,9 @@ impl CgroupRoots {
         let path = Path::new("/proc/self/mountinfo");
         let text = fs::read_to_string(path).map_err(CgroupError::io("read", path))?;
         let mounts = mounts::parse(&text);
+        let path = Path::new("/proc/self/cgroup");
+        let membership = fs::read_to_string(path).map_err(CgroupError::io("read", path))?;
+        let to_leave = mounts.to_leave(&membership);
         let v2 = mounts.v2.ok_or(CgroupError::NoCgroup2)?;
         let path = v2.join("cgroup.controllers");
         let offered = fs::read_to_string(&path).map_err(CgroupError::io("read", &path))?;
@@ -123,12 +128,18 @@ impl CgroupRoots {
             .into_iter()
             .filter(|controller| offered.split_whitespace().any(|word| word == controller.name()))
             .collect();
-        Ok(Self { v2, v2_controllers, v1: mounts.v1 })
+        Ok(Self { v2, v2_controllers, v1: mounts.v1, to_leave })
     }
 
     /// Mount point of cgroup2.
     pub fn unified(&self) -> &Path {
         &self.v2
+    }
+
+    /// The files to which a process writes `0` to be in none of this process's v1 cgroups any more, besides those of the
+    /// guard. A runtime that ends the agent's container kills whatever is in one of its cgroups: runc goes by `devices`.
+    pub fn leave_files(&self) -> Vec<PathBuf> {
+        self.to_leave.iter().map(|root| root.join("cgroup.procs")).collect()
     }
 
     /// Makes the cgroup with its limits. One that is left over under this name is killed and made anew.
@@ -354,6 +365,7 @@ mod tests {
             v2: v2.clone(),
             v2_controllers: BTreeSet::from([Controller::Memory]),
             v1: BTreeMap::from([(Controller::Memory, v1.clone()), (Controller::Pids, v1.clone())]),
+            to_leave: Vec::new(),
         };
         let enabled = roots.enable_controllers(&path);
         let resources = Resources { memory: Some(7), pids: Some(9), cpu_millis: None };
@@ -380,6 +392,7 @@ mod tests {
             v2: PathBuf::from("/nonexistent"),
             v2_controllers: BTreeSet::new(),
             v1: BTreeMap::new(),
+            to_leave: Vec::new(),
         };
         let path = CgroupPath::try_from("a").expect("valid");
         let resources = Resources { memory: Some(1), ..Resources::default() };

@@ -8,6 +8,8 @@ use super::Controller;
 pub(super) struct Mounts {
     pub(super) v2: Option<PathBuf>,
     pub(super) v1: BTreeMap<Controller, PathBuf>,
+    /// The other v1 hierarchies that are shown from their root, by each controller or name that they have.
+    pub(super) rest: BTreeMap<String, PathBuf>,
 }
 
 /// Reads `ID PARENT MAJOR:MINOR ROOT MOUNTPOINT OPTIONS [TAGS…] - TYPE SOURCE SUPEROPTIONS` (proc(5)). The first mount
@@ -29,6 +31,12 @@ pub(super) fn parse(mountinfo: &str) -> Mounts {
                 mounts.v2 = Some(unescape(point));
             }
             "cgroup" => {
+                let limits = |option: &str| Controller::ALL.iter().any(|limit| limit.name() == option);
+                if root == "/" && !options.split(',').any(limits) {
+                    for option in options.split(',') {
+                        mounts.rest.entry(option.to_owned()).or_insert_with(|| unescape(point));
+                    }
+                }
                 for controller in Controller::ALL {
                     if options.split(',').any(|option| option == controller.name()) {
                         mounts.v1.entry(controller).or_insert_with(|| unescape(point));
@@ -39,6 +47,19 @@ pub(super) fn parse(mountinfo: &str) -> Mounts {
         }
     }
     mounts
+}
+
+impl Mounts {
+    /// The roots of those other hierarchies in which a process is not at the root, by the text of its `/proc/PID/cgroup`
+    /// (cgroups(7)): `ID:CONTROLLERS:PATH`.
+    pub(super) fn to_leave(&self, membership: &str) -> Vec<PathBuf> {
+        let below_the_root = membership.lines().filter_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (fields.next()?, fields.next()?);
+            (path != "/").then(|| controllers.split(',').next().unwrap_or_default())
+        });
+        below_the_root.filter_map(|controller| self.rest.get(controller).cloned()).collect()
+    }
 }
 
 /// mountinfo writes space, tab, newline and backslash as `\` and three octal digits.
@@ -92,8 +113,37 @@ mod tests {
             let want = Mounts {
                 v2: v2.map(PathBuf::from),
                 v1: v1.iter().map(|(controller, path)| (*controller, PathBuf::from(path))).collect(),
+                rest: BTreeMap::new(),
             };
-            assert_eq!(parse(text), want, "{text}");
+            let found = Mounts { rest: BTreeMap::new(), ..parse(text) };
+            assert_eq!(found, want, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_a_companion_is_to_leave_is_where_the_agent_is_not_at_the_root() {
+        let mounts = parse(
+            "35 31 0:31 / /c/devices rw - cgroup cgroup rw,devices
+36 31 0:32 / /c/memory rw - cgroup cgroup rw,memory
+38 31 0:33 / /c/net_cls,net_prio rw - cgroup cgroup rw,net_cls,net_prio
+39 31 0:34 /pod /c/blkio rw - cgroup cgroup rw,blkio
+40 31 0:37 / /c/systemd rw - cgroup cgroup rw,xattr,name=systemd
+41 31 0:38 / /c/unified rw - cgroup2 cgroup2 rw",
+        );
+        for (membership, left) in [
+            ("5:devices:/pod/a\n4:memory:/pod/a\n0::/pod/a\n", &["/c/devices"][..]),
+            (
+                "6:net_cls,net_prio:/pod\n1:name=systemd:/x:y\n3:blkio:/pod",
+                &["/c/net_cls,net_prio", "/c/systemd"],
+            ),
+            ("5:devices:/\n1:name=systemd:/\n0::/", &[]),
+            ("nonsense\n:\n5:freezer:/a\n", &[]),
+        ] {
+            assert_eq!(
+                mounts.to_leave(membership),
+                left.iter().map(PathBuf::from).collect::<Vec<_>>(),
+                "{membership}"
+            );
         }
     }
 }
