@@ -1,7 +1,7 @@
 //! The policy directory: reads it, distrusts it, and watches it.
 //!
 //! Owns the rules of who may write policies: the files, the directory and everything above them must belong to root (or
-//! to the agent's own user) and be writable by nobody else, since a policy starts programs as root. Never decides what
+//! to the agent's own user), and nobody else may be able to write there, since a policy starts programs as root. Never decides what
 //! a policy means, and never drops the policies in force: it only tells of new ones or of why they cannot be had.
 
 use std::{
@@ -122,17 +122,34 @@ impl Trust {
     }
 
     /// A directory and everything above it: who may write to one of them can put another file in place. A sticky
-    /// directory such as /tmp lets nobody replace what belongs to others.
+    /// directory such as /tmp lets nobody replace what belongs to others. Below a directory that only its owner can
+    /// enter, nobody else gets to write, whatever the modes there: the kubelet makes a ConfigMap's directory 0777 below
+    /// /var/lib/kubelet/pods, which is 0750 and root's.
     fn path(self, directory: &Path) -> Result<(), FileFault> {
-        for (depth, ancestor) in directory.ancestors().enumerate() {
-            let sticky_will_do = depth > 0;
+        let from_the_root: Vec<&Path> = directory.ancestors().collect();
+        let mut sealed_off = false;
+        for ancestor in from_the_root.into_iter().rev() {
+            let sticky_will_do = ancestor != directory;
             let checked = ancestor
                 .symlink_metadata()
                 .map_err(|error| format!("cannot be read: {error}"))
-                .and_then(|metadata| self.check(&metadata, sticky_will_do));
+                .and_then(|metadata| {
+                    self.owner(&metadata)?;
+                    if !sealed_off {
+                        Self::writers(&metadata, sticky_will_do)?;
+                    }
+                    sealed_off |= Self::only_the_owner_enters(&metadata);
+                    Ok(())
+                });
             checked.map_err(|reason| FileFault { path: ancestor.to_owned(), reason })?;
         }
         Ok(())
+    }
+
+    /// Root's group counts as root. The directory's owner has been checked.
+    fn only_the_owner_enters(metadata: &Metadata) -> bool {
+        let forbidden = if metadata.gid() == 0 { 0o001 } else { 0o011 };
+        metadata.mode() & forbidden == 0
     }
 
     fn file(self, file: &File) -> Result<(), String> {
@@ -140,15 +157,21 @@ impl Trust {
         if !metadata.is_file() {
             return Err("is not a regular file".to_owned());
         }
-        self.check(&metadata, false)
+        self.owner(&metadata)?;
+        Self::writers(&metadata, false)
     }
 
-    fn check(self, metadata: &Metadata, sticky_will_do: bool) -> Result<(), String> {
-        let (owner, mode) = (metadata.uid(), metadata.mode());
+    fn owner(self, metadata: &Metadata) -> Result<(), String> {
+        let owner = metadata.uid();
         if owner != 0 && owner != self.uid {
             let whose = if self.uid == 0 { "root".to_owned() } else { format!("root or uid {}", self.uid) };
             return Err(format!("belongs to uid {owner}, but must belong to {whose}: chown it"));
         }
+        Ok(())
+    }
+
+    fn writers(metadata: &Metadata, sticky_will_do: bool) -> Result<(), String> {
+        let mode = metadata.mode();
         let sticky = sticky_will_do && mode & 0o1000 != 0;
         if mode & 0o022 != 0 && !sticky {
             return Err(format!("may be written by others (mode {:04o}): chmod go-w", mode & 0o7777));
@@ -247,11 +270,37 @@ mod tests {
         assert!(read(other.path(), Trust::of_this_process()).is_err());
     }
 
+    /// What the kubelet makes of a ConfigMap: a directory for everybody, and links to links to files.
+    #[test]
+    fn a_config_map_counts_where_nobody_else_gets_to() {
+        let top = directory();
+        let volume = top.path().join("pods/policy");
+        let version = volume.join("..2026_11_25");
+        fs::create_dir_all(&version).unwrap();
+        fs::write(version.join("p.yaml"), POLICY).unwrap();
+        symlink("..2026_11_25", volume.join("..data")).unwrap();
+        symlink("..data/p.yaml", volume.join("p.yaml")).unwrap();
+        mode(&version.join("p.yaml"), 0o644);
+        mode(&version, 0o755);
+        mode(&volume, 0o777);
+        for (pods, trusted) in
+            [(0o750, nix::unistd::getegid().as_raw() == 0), (0o700, true), (0o755, false), (0o701, false)]
+        {
+            mode(&top.path().join("pods"), pods);
+            let got = read(&volume, Trust::of_this_process());
+            assert_eq!(got.is_ok(), trusted, "{pods:o}: {got:?}");
+        }
+        // A file that all may write is none of the kubelet's.
+        mode(&top.path().join("pods"), 0o700);
+        mode(&version.join("p.yaml"), 0o666);
+        assert!(read(&volume, Trust::of_this_process()).is_err());
+    }
+
     #[test]
     fn another_owner_is_refused() {
         let metadata = Path::new("/proc/self/status").metadata().unwrap();
         let stranger = Trust { uid: metadata.uid() };
-        assert!(stranger.check(&metadata, false).is_ok());
+        assert!(stranger.owner(&metadata).is_ok());
         if metadata.uid() == 0 {
             let directory = directory();
             let file = directory.path().join("p.yaml");
