@@ -14,10 +14,13 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use nix::mount::{MntFlags, umount2};
+use nix::{
+    mount::{MntFlags, umount2},
+    sys::signal::{SigSet, Signal},
+};
 use pillion_redirect::{Bpffs, MOUNT_SOURCE};
 use procfs::process::MountInfo;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
 
 use crate::{
@@ -101,6 +104,24 @@ pub(crate) fn main(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
         bail!("cleanup must see and remove what root made\nrun it as root: sudo pillion cleanup");
     }
     refuse_unsafe_places(&args.paths)?;
+    let code = clean(args)?;
+    if args.stay && code == ExitCode::SUCCESS {
+        wait_for_the_end()?;
+    }
+    Ok(code)
+}
+
+/// Without a lock: nothing keeps an agent from starting any more.
+fn wait_for_the_end() -> anyhow::Result<()> {
+    let ends = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    // As the first process of a container, which no signal ends that it does not ask for. There is one thread.
+    ends.thread_block().context("cannot block signals")?;
+    note("waiting for SIGTERM");
+    ends.wait().context("cannot wait for a signal")?;
+    Ok(())
+}
+
+fn clean(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
     // Held to the end, so that no agent starts meanwhile. The file itself is among what is removed.
     let _lock = lock(&args.paths)?;
     let before = inventory::take(&args.paths, &BTreeSet::new())?;
@@ -335,7 +356,7 @@ fn kill_all_in(directory: &Path) {
         };
         if cgroups::processes(directory).contains(&pid) {
             // Fails only when it is gone already.
-            let _ = pidfd_send_signal(&handle, Signal::KILL);
+            let _ = pidfd_send_signal(&handle, rustix::process::Signal::KILL);
         }
     }
 }

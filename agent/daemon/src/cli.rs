@@ -98,6 +98,8 @@ pub(crate) enum Command {
     /// Decide about a workload that pillion-hook holds, without an agent
     #[command(hide = true)]
     Admit(AdmitArgs),
+    /// Run a command of pillion on the node that this container runs on
+    OnNode(OnNodeArgs),
     /// Print the completion script for a shell
     Completion(CompletionArgs),
     /// Print the version of this program and of the running agent
@@ -432,6 +434,9 @@ pub(crate) struct CleanupArgs {
     /// Do not ask
     #[arg(short, long)]
     pub(crate) yes: bool,
+    /// Once nothing remains, wait for SIGTERM: for a DaemonSet, which starts again what ends
+    #[arg(long, conflicts_with = "dry_run")]
+    pub(crate) stay: bool,
     #[command(flatten)]
     pub(crate) paths: Paths,
     #[command(flatten)]
@@ -461,6 +466,29 @@ pub(crate) struct AdmitArgs {
     /// 'none' to leave Podman alone
     #[arg(long, env = "PILLION_PODMAN_SOCKET", value_name = "PATH")]
     pub(crate) podman_socket: Option<OrNone<PathBuf>>,
+}
+
+/// Arguments of `pillion on-node`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+For the agent as a pod, with hostPID: true and privileged: true: leaves the container's mount and cgroup namespaces for \
+those of the node, and becomes the command, which then finds everything where it is on the node. The agent is run from a \
+copy on the node (STATE_DIR/bin, with pillion-hook beside it), because companions are started from it and outlive the pod.
+
+Examples:
+  pillion on-node agent --policy-dir /srv/policies
+  pillion on-node --node /run/containerd/containerd.sock agent
+  pillion on-node cleanup --yes")]
+pub(crate) struct OnNodeArgs {
+    /// A process of the node: the server of this Unix socket, such as the container runtime's, or a directory /proc/PID
+    #[arg(long, env = "PILLION_NODE", value_name = "PATH", default_value = "/proc/1")]
+    pub(crate) node: PathBuf,
+    /// The agent's state directory on the node, where the programs are copied to
+    #[arg(long, env = "PILLION_STATE_DIR", value_name = "DIR", default_value = "/var/lib/pillion")]
+    pub(crate) state_dir: PathBuf,
+    /// The command and its arguments, as behind `pillion`
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<std::ffi::OsString>,
 }
 
 /// Arguments of `pillion completion`.

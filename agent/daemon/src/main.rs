@@ -25,6 +25,7 @@ mod lock;
 mod memory;
 mod metrics;
 mod notify;
+mod on_node;
 mod plan_text;
 mod policy_files;
 mod policy_watch;
@@ -100,6 +101,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::UninstallHooks(args) => hooks::uninstall(&args),
         Command::Check(args) => in_background(check::main(&args)),
         Command::Cleanup(args) => cleanup::main(&args),
+        Command::OnNode(args) => on_node::main(&args),
         Command::Completion(args) => completion(&args),
         Command::Version(args) => in_background(inspect::version(args)),
     }
