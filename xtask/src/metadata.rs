@@ -17,6 +17,7 @@ pub(crate) struct Metadata {
 #[derive(Deserialize)]
 pub(crate) struct Package {
     pub(crate) name: String,
+    pub(crate) version: String,
     pub(crate) manifest_path: PathBuf,
     pub(crate) dependencies: Vec<Dependency>,
     pub(crate) targets: Vec<Target>,
@@ -40,6 +41,12 @@ impl Metadata {
     pub(crate) fn read() -> Result<Self> {
         let text = shell::capture(shell::cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
         serde_json::from_str(&text).context("cargo metadata prints JSON")
+    }
+
+    /// Pillion's: all members of the workspace have the same.
+    pub(crate) fn version(&self) -> Result<&str> {
+        let agent = self.packages.iter().find(|package| package.name == "pillion");
+        Ok(&agent.context("the workspace has the package pillion")?.version)
     }
 
     /// The suites: integration tests of the crate `tests`, sorted.

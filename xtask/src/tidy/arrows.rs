@@ -95,6 +95,7 @@ mod tests {
                 })
                 .collect();
             let package = Package {
+                version: String::new(),
                 name: name.to_owned(),
                 manifest_path: std::path::PathBuf::default(),
                 dependencies,
