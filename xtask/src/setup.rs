@@ -68,6 +68,13 @@ pub(crate) fn cargo_deny() -> Result<PathBuf> {
     deny::install(&tools)
 }
 
+/// The trees, images and disks that the systems in `tests/lab` are made of: those of the suites, which have no time for it.
+/// Needs root. Returns at once when all is there; call [`run`] before.
+pub(crate) fn lab() -> Result<()> {
+    let script = shell::checkout().join("tests/lab/prepare.sh");
+    shell::run(shell::as_root(script, &[])?.arg("run")).context("the suites' systems cannot be prepared")
+}
+
 /// Where tools are kept, over all checkouts of this user.
 fn tools_directory() -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME")
