@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{ProcessGuard, process::Finished, programs};
 
 /// The scripts' cache and state; theirs to fill. Short, because the paths of sockets are.
-const DIRECTORY: &str = "/var/tmp/pillion-lab";
+pub const DIRECTORY: &str = "/var/tmp/pillion-lab";
 /// A system of which the packages are there is up within seconds; a missing package takes its time.
 const UP_LIMIT: Duration = Duration::from_secs(300);
 const DOWN_LIMIT: Duration = Duration::from_secs(60);
@@ -35,6 +35,14 @@ pub struct Lab {
 /// Makes the scripts' directory, so that it is no leftover of the first test that uses them.
 pub fn prepare() -> Result<()> {
     fs::create_dir_all(DIRECTORY).with_context(|| format!("cannot make {DIRECTORY}"))
+}
+
+/// Makes the image `localhost/NAME` of a static program, with busybox beside it, by `tests/lab/image.sh`; returns the archive.
+pub fn image(name: &str, program: &Path) -> Result<PathBuf> {
+    let mut command = Command::new(programs::checkout().join("tests/lab/image.sh"));
+    command.arg(name).arg(program).env("LAB", DIRECTORY);
+    let done = ProcessGuard::finish("image.sh", &mut command, COMMAND_LIMIT)?.success()?;
+    Ok(PathBuf::from(done.stdout.trim()))
 }
 
 impl Lab {

@@ -9,6 +9,7 @@
 pub mod agent;
 pub mod bench;
 pub mod cgroup;
+pub mod cluster;
 pub mod containerd;
 pub mod demo;
 pub mod echo;

@@ -1,14 +1,17 @@
 //! `cargo xtask test`: everything that must hold before a change lands: form, lints, unit tests, and the suites as root.
 //!
 //! Runs all of it even after a failure, and closes with one line: how many passed and failed. Nothing is skipped: what
-//! cannot be run has failed.
+//! cannot be run has failed. One suite needs a Kubernetes cluster: it is run where one is named, and where none is, a line
+//! says that it was left out.
 
+mod cluster;
 mod suites;
 mod tally;
 
-use std::process::Command;
+use std::{path::PathBuf, process::Command};
 
 use anyhow::{Result, bail, ensure};
+use cluster::Cluster;
 use tally::Tally;
 
 use crate::{
@@ -22,6 +25,10 @@ pub(crate) struct Options {
     /// Run only this suite; may be given several times. Without it: all suites, unit tests and checks.
     #[arg(long, value_name = "NAME")]
     suite: Vec<String>,
+    /// Bring up the cluster for the suite `kubernetes` with this script (it knows build, up, down and kubectl). Without it the
+    /// suite uses the cluster that KUBECONFIG names; without either it is left out, unless it is asked for by name.
+    #[arg(long, value_name = "SCRIPT")]
+    cluster: Option<PathBuf>,
     /// List the suites and do nothing.
     #[arg(long)]
     list: bool,
@@ -42,17 +49,27 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     setup::run()?;
     shell::authorize()?;
+    setup::lab()?;
 
     let mut tally = Tally::default();
     if options.suite.is_empty() {
         checks(&mut tally);
         unit_tests(&mut tally);
     }
-    let wanted = |suite: &str| options.suite.is_empty() || options.suite.iter().any(|name| name == suite);
+    let cluster = Cluster::named(options.cluster.as_deref())?;
+    let left_out = |suite: &str| suite == cluster::SUITE && cluster.is_none() && options.suite.is_empty();
+    let wanted = |suite: &str| {
+        (options.suite.is_empty() || options.suite.iter().any(|name| name == suite)) && !left_out(suite)
+    };
     let selection = if options.suite.is_empty() { &suites::WHOLE } else { &suites::ALONE };
-    tally.step("the suites", |tally| suites::run(selection, wanted, tally));
+    tally.step("the suites", |tally| suites::run(selection, wanted, cluster.as_ref(), tally));
 
     let (passed, failed) = tally.close();
+    for suite in all.into_iter().filter(|suite| left_out(suite)) {
+        println!(
+            "left out: suite {suite}, as no cluster is named (set KUBECONFIG, or pass --cluster SCRIPT)"
+        );
+    }
     println!("{passed} passed, {failed} failed");
     if failed > 0 {
         bail!("{failed} failed");

@@ -11,7 +11,11 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-use super::{WORKSPACE, tally::Tally};
+use super::{
+    WORKSPACE,
+    cluster::{self, Cluster},
+    tally::Tally,
+};
 use crate::{metadata::TESTS, shell};
 
 /// The binaries that were built.
@@ -37,19 +41,35 @@ pub(super) const ALONE: Selection = Selection {
 };
 
 /// Runs the suites that are `wanted`.
-pub(super) fn run(selection: &Selection, wanted: impl Fn(&str) -> bool, tally: &mut Tally) -> Result<()> {
+pub(super) fn run(
+    selection: &Selection,
+    wanted: impl Fn(&str) -> bool,
+    cluster: Option<&Cluster>,
+    tally: &mut Tally,
+) -> Result<()> {
     let built = build(selection)?;
+    if wanted(cluster::SUITE)
+        && let Some(cluster) = cluster
+    {
+        cluster.prepare(tally);
+    }
     let before = built.inventory.with_file_name("inventory-before.json");
     shell::run(inventory(&built, "save", &before)?.current_dir(shell::checkout()))?;
 
     for (name, program) in built.suites.iter().filter(|(name, _)| wanted(name)) {
         tally.step(&format!("suite {name}"), |tally| {
             let backtrace = std::env::var_os("RUST_BACKTRACE").unwrap_or_else(|| "0".into());
-            let environment = [
+            let mut more = Vec::new();
+            if name == cluster::SUITE {
+                more.extend(cluster.map(Cluster::environment).unwrap_or_default());
+                more.push(cluster::image(&built.pillion)?);
+            }
+            let mut environment = vec![
                 ("PILLION_BIN", built.pillion.as_os_str()),
                 ("PILLION_TEST", OsStr::new(name)),
                 ("RUST_BACKTRACE", &backtrace),
             ];
+            environment.extend(more.iter().map(|(name, value)| (*name, value.as_os_str())));
             let mut command = shell::as_root(program, &environment)?;
             command.current_dir(shell::checkout()).arg("--test-threads=1");
             tally.libtest(&mut command)
