@@ -35,7 +35,9 @@ pub use docker::{
 pub use event::{RuntimeEvent, SourceName};
 pub use exits::Exits;
 pub use gate::{Admission, Gatekeeper, Hold, Undecided};
-pub use hook::{AskError, Described, Engine, Engines, FoundUnit, HookGate, ResolveError, UnitManager};
+pub use hook::{
+    AskError, CrioError, Described, Engine, Engines, FoundUnit, HookGate, ResolveError, UnitManager,
+};
 pub use instance::{InstanceError, executable_of, instance_of, open_netns, start_time};
 pub use nri::{NriConfig, NriGate, read_all as read_nri};
 pub use pod::PodError;

@@ -9,6 +9,7 @@ use pillion_common::hook::{Container, ContainerId, Spec};
 use pillion_workload::{Instance, InvalidName, Pid, RuntimeKind, Subject, Workload, WorkloadId};
 
 use super::{
+    crio::{self, CrioError},
     engine::{AskError, Described, Engine, UnitManager},
     owner::{Owner, owner},
 };
@@ -44,6 +45,9 @@ pub enum ResolveError {
     /// containerd does not help.
     #[error(transparent)]
     Containerd(#[from] UnresolvedError),
+    /// What CRI-O wrote does not help.
+    #[error(transparent)]
+    Crio(#[from] CrioError),
     /// Another engine does not help.
     #[error("{engine} cannot be asked about container {id}")]
     Engine {
@@ -91,7 +95,10 @@ impl Engines {
             }
             Owner::Docker => self.docker(id, spec).await?,
             Owner::Podman => self.podman(id, spec).await?,
-            Owner::Crio => by_specification(RuntimeKind::Crio, id, spec)?,
+            Owner::Crio => {
+                let own = self.instance(container)?;
+                return Ok(crio::resolve(&Cgroup2Mounts::discover()?, id, spec, own)?);
+            }
             Owner::Nobody => {
                 let instance = self.instance(container)?;
                 let name = format!("{}/{}-{}", RuntimeKind::Process, pid, instance.process.started.0);
