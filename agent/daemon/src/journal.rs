@@ -297,6 +297,7 @@ mod tests {
             guard: None,
             first_instruction: None,
             gate: None,
+            reset_due: false,
         }
     }
 
