@@ -169,7 +169,11 @@ impl Hooks {
             "ociVersion": "1.0.2",
             "process": { "user": { "uid": 0, "gid": 0 }, "args": container.command, "cwd": "/", "env": ["PATH=/bin"] },
             "root": { "path": self.directory.join("root"), "readonly": true },
-            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+            // What the runtime makes in /dev is not to be made in a directory that containers share.
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] },
+            ],
             "hooks": hooks,
             "annotations": annotations,
             "linux": {

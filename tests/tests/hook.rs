@@ -30,15 +30,17 @@ const CONNECT: [&str; 1] = [FIRST];
 
 /// The program is selected by its container's label where containerd runs it, and by its path where runc does alone.
 fn policy(companion: &str, on_failure: &str) -> String {
+    // The relay takes any port, and many of them share a namespace here.
+    let to = if companion == RELAY { "side" } else { "side:15001" };
     format!(
         "{KIND}\nmetadata: {{ name: gated }}\nspec:\n  \
          select: {{ runtimes: [containerd], labels: {{ app: web }} }}\n  \
          companions:\n    - name: side\n      {companion}\n  \
-         redirect: {{ outbound: [{{ to: side }}] }}\n  onFailure: {on_failure}\n---\n\
+         redirect: {{ outbound: [{{ to: '{to}' }}] }}\n  onFailure: {on_failure}\n---\n\
          {KIND}\nmetadata: {{ name: gated-plain }}\nspec:\n  \
          select: {{ runtimes: [process], executables: [{FIRST}] }}\n  \
          companions:\n    - name: side\n      {companion}\n  \
-         redirect: {{ outbound: [{{ to: side }}] }}\n  onFailure: {on_failure}\n"
+         redirect: {{ outbound: [{{ to: '{to}' }}] }}\n  onFailure: {on_failure}\n"
     )
 }
 
