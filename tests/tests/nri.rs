@@ -242,7 +242,7 @@ fn failures(version: &'static str) -> Result<()> {
             ensure!(took < REQUEST_TIMEOUT, "{app}: an answer after {took:?} comes too late");
             match (app.ends_with("open"), started) {
                 (true, Ok(())) => {
-                    assert_eq!(pod.exit_code(&container)?, 0, "{app}: it goes on as if nothing were")
+                    assert_eq!(pod.exit_code(&container)?, 0, "{app}: it goes on as if nothing were");
                 }
                 (false, Err(error)) => {
                     let error = error.to_string();
