@@ -136,6 +136,8 @@ impl Agent {
         command.arg("--policy-dir").arg(self.policy_dir());
         command.args(["--containerd-socket", &self.containerd, "--http-addr", &self.http.to_string()]);
         command.args(["--nri-socket", &self.nri, "--log-format", "json"]).args(&self.runtimes);
+        // The machine's own units are none of a test's business.
+        command.args(["--systemd", "none"]);
         // What is held is told only there while it is.
         command.env("PILLION_LOG_LEVEL", "info,pillion_runtime::nri=debug");
         Ok(command)

@@ -29,6 +29,7 @@ pub mod puppet;
 pub mod ready;
 pub mod run;
 pub mod scene;
+pub mod systemd;
 pub mod wait;
 
 pub use agent::Agent;

@@ -6,6 +6,7 @@ use std::{
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -17,6 +18,12 @@ use crate::{metadata::Metadata, setup, shell};
 pub(crate) enum What {
     /// A container image as an OCI archive, for `ctr images import`, `docker load`, `podman load` and `skopeo copy`.
     Image(ImageOptions),
+    /// A Debian package, `target/debian/pillion.deb`. What is in it is told in `agent/daemon/Cargo.toml`.
+    Deb {
+        /// Cargo's profile: 'dev' builds faster, for trying the package itself.
+        #[arg(long, default_value = "release")]
+        profile: String,
+    },
 }
 
 #[derive(clap::Args)]
@@ -42,6 +49,10 @@ const STATIC: &str = "-C target-feature=+crt-static";
 pub(crate) fn run(what: &What) -> Result<()> {
     match what {
         What::Image(options) => image(options),
+        What::Deb { profile } => {
+            setup::run()?;
+            deb(profile)
+        }
     }
 }
 
@@ -100,7 +111,30 @@ fn flags() -> OsString {
 }
 
 fn host_triple() -> Result<String> {
-    let printed = shell::capture(std::process::Command::new("rustc").arg("-vV"))?;
+    let printed = shell::capture(Command::new("rustc").arg("-vV"))?;
     let host = printed.lines().find_map(|line| line.strip_prefix("host: "));
     host.map(str::to_owned).context("rustc -vV names its host")
+}
+
+fn deb(profile: &str) -> Result<()> {
+    let mut build = shell::cargo();
+    shell::run(build.args([
+        "build",
+        "--package",
+        "pillion",
+        "--package",
+        "pillion-hook",
+        "--profile",
+        profile,
+    ]))?;
+    package(profile)
+}
+
+/// The Debian package of programs that have been built.
+pub(crate) fn package(profile: &str) -> Result<()> {
+    let output = Metadata::read()?.target_directory.join("debian");
+    let mut command = Command::new(setup::cargo_deb()?);
+    command.current_dir(shell::checkout());
+    command.args(["--package", "pillion", "--no-build", "--no-strip", "--profile", profile, "--output"]);
+    shell::run(command.arg(output.join("pillion.deb")))
 }

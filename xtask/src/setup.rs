@@ -6,6 +6,7 @@
 
 mod apt;
 mod bpf_linker;
+mod cargo_deb;
 mod deny;
 mod envoy;
 mod program;
@@ -73,6 +74,13 @@ pub(crate) fn cargo_deny() -> Result<PathBuf> {
 pub(crate) fn lab() -> Result<()> {
     let script = shell::checkout().join("tests/lab/prepare.sh");
     shell::run(shell::as_root(script, &[])?.arg("run")).context("the suites' systems cannot be prepared")
+}
+
+/// cargo-deb, which only packaging needs; call [`run`] before.
+pub(crate) fn cargo_deb() -> Result<PathBuf> {
+    let tools = tools_directory()?;
+    let _lock = lock(&tools)?;
+    cargo_deb::install(&tools)
 }
 
 /// Where tools are kept, over all checkouts of this user.

@@ -8,20 +8,22 @@ use std::{
     io::{self, Read as _, Write as _},
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, ensure};
-use pillion_common::hook::{
-    Answer, HEADER, Message as _, Question, Request, Unit, body_length, decode, encode,
-};
+use pillion_common::hook::{Answer, HEADER, Message as _, Question, Request, body_length, decode, encode};
 use pillion_policy::PolicySet;
 use pillion_runtime::{
     ContainerdConfig, ContainerdResolver, Engine, EngineConfig, EngineKind, EngineLookup, Engines,
-    PodmanFiles, Resolved,
+    PodmanFiles, Resolved, unit_subject,
 };
 use pillion_workload::{FailureMode, RuntimeKind, Subject, WorkloadId};
 
 use crate::{cli::AdmitArgs, config::OrNone, journal, last_good, sources};
+
+/// For each question to systemd.
+const BUS_LIMIT: Duration = Duration::from_secs(5);
 
 /// `pillion admit`.
 pub(crate) async fn main(args: AdmitArgs) -> anyhow::Result<ExitCode> {
@@ -68,7 +70,13 @@ async fn decide(args: &AdmitArgs, question: Question) -> anyhow::Result<Answer> 
                 }
             }
         }
-        Question::Unit(unit) => of_unit(unit)?,
+        Question::Unit(unit) => {
+            // A drop-in for a prefix of names reaches more units than policies select.
+            if !policies.policies().iter().any(|policy| policy.selector().may_match_unit(&unit.name)) {
+                return Ok(Answer::Admit { message: None });
+            }
+            of_unit(args, &unit.name).await?
+        }
         Question::Stopped(_) => return Ok(Answer::Admit { message: None }),
     };
     let detached = journal::held_detached(&args.state_dir)
@@ -79,18 +87,11 @@ async fn decide(args: &AdmitArgs, question: Question) -> anyhow::Result<Answer> 
     Ok(by_policy(&policies, &subject))
 }
 
-fn of_unit(unit: Unit) -> anyhow::Result<(WorkloadId, Subject)> {
-    let id = WorkloadId::try_from(format!("{}/{}", RuntimeKind::Systemd, unit.name))?;
-    let subject = Subject {
-        runtime: RuntimeKind::Systemd,
-        name: unit.name.clone(),
-        namespace: None,
-        labels: std::collections::BTreeMap::new(),
-        annotations: std::collections::BTreeMap::new(),
-        image: None,
-        unit: Some(unit.name),
-        executable: None,
-    };
+/// What it runs is a thing that policies select on, and only systemd knows it.
+async fn of_unit(args: &AdmitArgs, name: &str) -> anyhow::Result<(WorkloadId, Subject)> {
+    let id = WorkloadId::try_from(format!("{}/{name}", RuntimeKind::Systemd))?;
+    let bus = args.systemd.bus().context("this agent leaves systemd alone")?;
+    let subject = unit_subject(&bus, name, BUS_LIMIT).await?;
     Ok((id, subject))
 }
 
@@ -135,8 +136,16 @@ mod tests {
             ("b.service", false, Some("policy closed")),
             ("c.service", true, None),
         ] {
-            let (id, subject) = of_unit(Unit { name: name.into(), pid: 1 }).unwrap();
-            assert_eq!(id.as_str(), format!("systemd/{name}"));
+            let subject = Subject {
+                runtime: RuntimeKind::Systemd,
+                name: name.into(),
+                namespace: None,
+                labels: std::collections::BTreeMap::new(),
+                annotations: std::collections::BTreeMap::new(),
+                image: None,
+                unit: Some(name.into()),
+                executable: None,
+            };
             let (admitted, message) = match by_policy(&policies, &subject) {
                 Answer::Admit { message } => (true, message),
                 Answer::Refuse { message } => (false, Some(message)),

@@ -8,11 +8,12 @@ use anyhow::Context;
 use pillion_attachment::{Node, Swept, sweep};
 use pillion_companion::{Host, HostConfig, LogLine, cgroup::CgroupRoots};
 use pillion_redirect::{Bpffs, Dataplane, LoadOptions};
-use pillion_runtime::{Gatekeeper, HookGate};
+use pillion_runtime::{Gatekeeper, HookGate, SourceName};
+use pillion_workload::RuntimeKind;
 use prometheus_client::registry::Registry;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, watch},
     task::JoinHandle,
     time::{MissedTickBehavior, interval, timeout},
 };
@@ -30,9 +31,10 @@ use crate::{
     memory,
     metrics::{DataplaneCollector, Metrics},
     notify::{self, Notifier},
-    policy_watch::{self, LoadNow},
+    policy_watch::{self, LoadNow, PolicyLoad},
     sources::Sources,
     telemetry,
+    units::{self, Selections},
 };
 
 /// Every queue has room for a burst; who sends more waits.
@@ -82,9 +84,10 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         .await?
         .context("cannot load the data plane; `pillion check` says what is missing")?;
     let (log_lines, lines) = mpsc::channel(LOG_QUEUE);
+    let program = std::env::current_exe().context("cannot find this program")?;
     let host = HostConfig {
         state_dir: config.paths.state_dir.clone(),
-        launcher: std::env::current_exe().context("cannot find this program")?,
+        launcher: program.clone(),
         cgroups: CgroupRoots::discover()?,
         die_with_parent: false,
     };
@@ -101,7 +104,12 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let (runtime_events, runtime) = mpsc::channel(QUEUE);
     let (gatekeeper, holds) = Gatekeeper::new();
     let attached: Vec<_> = loaded.records.iter().map(|record| record.workload.subject.runtime).collect();
-    let watched = Sources::start(&config, &attached, &runtime_events, &gatekeeper, &stop);
+    let mut watched = Sources::start(&config, &attached, &runtime_events, &gatekeeper, &stop);
+    let selections = Arc::new(watch::Sender::new(None));
+    if let Some(units) = units::watch(&config, &program, &runtime_events, &selections, &stop) {
+        watched.names.push((SourceName::SYSTEMD, RuntimeKind::Systemd));
+        watched.engines.units = Some(Arc::new(units));
+    }
     let gates = watched.gates;
     let hooks = HookGate::bind(&config.gate_socket(), gatekeeper.clone(), watched.engines)
         .with_context(|| format!("cannot listen on {}", config.gate_socket().display()))?;
@@ -109,13 +117,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     // Policies.
     let (loads, load_requests) = mpsc::channel(4);
     let (policy_loads, policies) = mpsc::channel(1);
-    let deliver = move |load| {
-        let policy_loads = policy_loads.clone();
-        async move {
-            // The controller has ended, and so will this.
-            let _ = policy_loads.send(load).await;
-        }
-    };
+    let deliver = move |load| hand_over(load, policy_loads.clone(), selections.clone());
     let last_good = LastGood {
         state_dir: config.paths.state_dir.clone(),
         command: offline_command(&config, watched.docker)?,
@@ -172,9 +174,20 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     ended
 }
 
+/// Gives policies to the controller, and then to the keeper of drop-ins.
+async fn hand_over(load: PolicyLoad, policy_loads: mpsc::Sender<PolicyLoad>, selections: Arc<Selections>) {
+    let loaded = load.result.as_ref().ok().cloned();
+    // The controller has ended, and so will this.
+    let _ = policy_loads.send(load).await;
+    if let Some(policies) = loaded {
+        units::select(&selections, policies);
+    }
+}
+
 /// What hooks run when they find no agent.
 fn offline_command(config: &AgentConfig, docker: Option<PathBuf>) -> anyhow::Result<Vec<String>> {
     let program = std::env::current_exe().context("cannot find this program")?;
+    let systemd = config.systemd.to_string();
     let state_dir =
         std::path::absolute(&config.paths.state_dir).context("cannot find the state directory")?;
     let containerd = config.containerd_socket.to_string();
@@ -183,7 +196,8 @@ fn offline_command(config: &AgentConfig, docker: Option<PathBuf>) -> anyhow::Res
         path.into_os_string().into_string().ok().context("hooks cannot be told of a path that is not UTF-8")
     };
     let flags = ["admit", "--offline", "--state-dir"].map(str::to_owned);
-    let values = [text(state_dir)?, "--containerd-socket".to_owned(), containerd];
+    let values =
+        [text(state_dir)?, "--containerd-socket".to_owned(), containerd, "--systemd".to_owned(), systemd];
     let of_docker = ["--docker-socket".to_owned(), docker];
     let podman =
         config.podman_socket.iter().flat_map(|socket| ["--podman-socket".to_owned(), socket.to_string()]);

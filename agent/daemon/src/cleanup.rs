@@ -19,6 +19,7 @@ use nix::{
     sys::signal::{SigSet, Signal},
 };
 use pillion_redirect::{Bpffs, MOUNT_SOURCE};
+use pillion_runtime::{SYSTEM_BUS, is_booted_by_systemd, reload_units};
 use procfs::process::MountInfo;
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
@@ -33,6 +34,8 @@ use crate::{
 
 /// The kernel frees eBPF objects and killed processes a little later; nothing takes longer in practice than 1 s.
 const SETTLE: Duration = Duration::from_secs(10);
+/// For connecting to the system bus.
+const BUS_LIMIT: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Serialize)]
@@ -243,6 +246,10 @@ fn remove(paths: &Paths, workloads: &BTreeSet<String>) -> Vec<anyhow::Error> {
     let mut attempt = |result: anyhow::Result<()>| problems.extend(result.err());
     // Before anything that they would ask for.
     attempt(hooks::clean_up(paths));
+    // First of all: a unit with a drop-in could not start once the hook or the file that it reads is gone.
+    for problem in remove_drop_ins(paths) {
+        attempt(Err(problem));
+    }
     attempt(remove_tree(&paths.pin_root));
     match inventory::mounts() {
         Ok(mounts) => {
@@ -269,6 +276,22 @@ fn remove(paths: &Paths, workloads: &BTreeSet<String>) -> Vec<anyhow::Error> {
             }
         }
         Err(error) => attempt(Err(error.into())),
+    }
+    problems
+}
+
+/// Has systemd start units without asking anybody.
+fn remove_drop_ins(paths: &Paths) -> Vec<anyhow::Error> {
+    let (changed, problems) = paths.drop_ins(Path::new("/")).clear();
+    let mut problems: Vec<anyhow::Error> = problems.into_iter().map(Into::into).collect();
+    if changed && is_booted_by_systemd() {
+        let reload = || -> anyhow::Result<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime
+                .block_on(reload_units(Path::new(SYSTEM_BUS), BUS_LIMIT))
+                .context("systemd has not read its units again: systemctl daemon-reload")
+        };
+        problems.extend(reload().err());
     }
     problems
 }

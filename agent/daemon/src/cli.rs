@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use pillion_workload::{RuntimeKind, WorkloadId};
 
 use crate::{
-    config::{AgentConfig, OrNone, Paths, RunConfig},
+    config::{AgentConfig, OrNone, Paths, RunConfig, SystemdChoice},
     hooks,
     render::Format,
 };
@@ -466,6 +466,9 @@ pub(crate) struct AdmitArgs {
     /// 'none' to leave Podman alone
     #[arg(long, env = "PILLION_PODMAN_SOCKET", value_name = "PATH")]
     pub(crate) podman_socket: Option<OrNone<PathBuf>>,
+    /// systemd's bus, 'auto' or 'none', as for the agent
+    #[arg(long, env = "PILLION_SYSTEMD", value_name = "auto|none|PATH", default_value = "auto")]
+    pub(crate) systemd: SystemdChoice,
 }
 
 /// Arguments of `pillion on-node`.

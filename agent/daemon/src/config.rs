@@ -12,6 +12,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
+use pillion_runtime::{DropIns, RUNTIME_DIRECTORY, SYSTEM_BUS, is_booted_by_systemd};
 
 /// `pillion agent`.
 #[derive(Debug, Clone, Args)]
@@ -43,6 +44,9 @@ pub(crate) struct AgentConfig {
     /// How long a container or unit is held at most until its companions are ready; then its policy's onFailure decides
     #[arg(long, env = "PILLION_HOLD_LIMIT", value_name = "TIME", default_value = "30s", value_parser = hold_limit)]
     pub(crate) hold_limit: Duration,
+    /// systemd's bus: its socket, 'auto' for the machine's if systemd is its init, or 'none' to leave systemd alone
+    #[arg(long, env = "PILLION_SYSTEMD", value_name = "auto|none|PATH", default_value = "auto")]
+    pub(crate) systemd: SystemdChoice,
     /// Where /livez, /readyz and /metrics answer, or 'none'
     #[arg(long, env = "PILLION_HTTP_ADDR", value_name = "ADDR", default_value = "127.0.0.1:9464")]
     pub(crate) http_addr: OrNone<SocketAddr>,
@@ -68,6 +72,51 @@ impl AgentConfig {
     }
 }
 
+/// Which systemd.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum SystemdChoice {
+    /// The machine's, if it was booted by one.
+    Auto,
+    /// None.
+    None,
+    /// The one on this bus.
+    Bus(PathBuf),
+}
+
+impl SystemdChoice {
+    /// The bus's socket, if there is a systemd to be watched.
+    pub(crate) fn bus(&self) -> Option<PathBuf> {
+        match self {
+            Self::Auto => is_booted_by_systemd().then(|| SYSTEM_BUS.into()),
+            Self::None => None,
+            Self::Bus(path) => Some(path.clone()),
+        }
+    }
+}
+
+impl fmt::Display for SystemdChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::None => f.write_str("none"),
+            Self::Bus(path) => path.display().fmt(f),
+        }
+    }
+}
+
+impl FromStr for SystemdChoice {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "none" => Ok(Self::None),
+            path if path.starts_with('/') => Ok(Self::Bus(path.into())),
+            _ => Err("must be 'auto', 'none' or the absolute path of a bus's socket"),
+        }
+    }
+}
+
 /// Directories that the agent and `pillion run` write to.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Paths {
@@ -86,6 +135,16 @@ impl Paths {
     /// Whether run and state directory are those that `pillion-hook` knows by itself.
     pub(crate) fn are_usual(&self) -> bool {
         self.run_dir == Path::new("/run/pillion") && self.state_dir == Path::new("/var/lib/pillion")
+    }
+
+    /// The drop-ins by which units of systemd are held; they name the hook beside `program`, the agent's own.
+    pub(crate) fn drop_ins(&self, program: &Path) -> DropIns {
+        DropIns {
+            runtime_dir: RUNTIME_DIRECTORY.into(),
+            hook: program.with_file_name("pillion-hook"),
+            run_dir: self.run_dir.clone(),
+            state_dir: self.state_dir.clone(),
+        }
     }
 
     /// Companions' files, of the agent.
@@ -237,6 +296,22 @@ mod tests {
         for bad in ["0s", "11m", "5", "999ms"] {
             assert!(hold_limit(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn systemd_is_found_named_or_left_alone() {
+        for (given, wanted) in [
+            ("auto", SystemdChoice::Auto),
+            ("none", SystemdChoice::None),
+            ("/run/bus", SystemdChoice::Bus("/run/bus".into())),
+        ] {
+            let Agent { config } = Agent::parse_from(["agent", "--systemd", given]);
+            assert_eq!(config.systemd, wanted);
+            assert_eq!(config.systemd.to_string(), given);
+        }
+        assert!(Agent::try_parse_from(["agent", "--systemd", "bus"]).is_err());
+        assert_eq!(SystemdChoice::None.bus(), None);
+        assert_eq!(SystemdChoice::Bus("/run/bus".into()).bus(), Some("/run/bus".into()));
     }
 
     #[test]

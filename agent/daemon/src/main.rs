@@ -34,6 +34,7 @@ mod render;
 mod run;
 mod sources;
 mod telemetry;
+mod units;
 mod validate;
 mod views;
 mod witness;

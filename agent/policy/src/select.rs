@@ -73,6 +73,35 @@ impl Selector {
             && self.globs(subject).into_iter().all(|(_, globs, actual)| any(globs, actual))
     }
 
+    /// Whether a systemd unit with this name can match, whatever it runs.
+    pub fn may_match_unit(&self, unit: &str) -> bool {
+        self.is_for_units() && any(&self.units, Some(unit)) && any(&self.names, Some(unit))
+    }
+
+    /// Patterns of which every systemd unit that matches has at least one: names of units that need not exist yet. Empty
+    /// when no unit can match, and when the selector does not speak of units at all.
+    pub fn unit_patterns(&self) -> Vec<&str> {
+        if !self.is_for_units() {
+            return Vec::new();
+        }
+        let says_so = self.runtimes.contains(&RuntimeKind::Systemd);
+        let globs = if self.units.is_empty() { &self.names } else { &self.units };
+        if globs.is_empty() && says_so {
+            return vec!["*"];
+        }
+        // A name may be a container's, unless it can only be a unit's.
+        let of_unit = |glob: &&str| says_so || !self.units.is_empty() || glob.ends_with(".service");
+        globs.iter().map(Glob::as_str).filter(of_unit).collect()
+    }
+
+    /// Units have no namespace, labels or image.
+    fn is_for_units(&self) -> bool {
+        (self.runtimes.is_empty() || self.runtimes.contains(&RuntimeKind::Systemd))
+            && self.namespaces.is_empty()
+            && self.labels.is_empty()
+            && self.images.is_empty()
+    }
+
     /// Every field that was given, and whether it matches.
     pub fn explain(&self, subject: &Subject) -> Vec<FieldReason> {
         let mut reasons = Vec::new();

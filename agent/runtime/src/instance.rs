@@ -9,7 +9,7 @@
 use std::{
     io::{self, Read},
     os::{fd::OwnedFd, unix::fs::MetadataExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use pillion_workload::{Cgroup, Instance, NetnsId, Pid, ProcessId, StartTime};
@@ -23,6 +23,9 @@ const CGROUP_LIMIT: u64 = 1 << 20;
 const NETNS: &str = "ns/net";
 /// A runtime moves the first process into its cgroup once; more moves than this while we look are not a workload.
 const ATTEMPTS: u32 = 4;
+/// Deeper cgroups and more processes of one workload are not looked through.
+const DEEPEST: u32 = 16;
+const MEMBERS_LIMIT: usize = 4096;
 
 /// Why a process cannot be identified.
 #[derive(Debug, thiserror::Error)]
@@ -113,6 +116,9 @@ pub(crate) fn is_alive(process: ProcessId) -> bool {
 }
 
 /// Opens the network namespace of an instance: the very one, or an error. Does not enter it.
+///
+/// The process of a systemd unit is its manager, which may be in another namespace than the unit: then a process of the
+/// instance's cgroup, or of one below, is taken that is in the right one.
 pub fn open_netns(instance: &Instance) -> Result<OwnedFd, InstanceError> {
     let pid = instance.process.pid;
     let process = Handle::open(pid)?;
@@ -121,10 +127,49 @@ pub fn open_netns(instance: &Instance) -> Result<OwnedFd, InstanceError> {
     }
     let file = process.open_netns()?;
     let found = netns_id(&file, pid)?;
-    if found != instance.netns {
-        return Err(InstanceError::OtherNetns { pid, wanted: instance.netns, found });
+    if found == instance.netns {
+        return Ok(file.into());
     }
-    Ok(file.into())
+    let members = members(&instance.cgroup.path);
+    let right = members.into_iter().find_map(|pid| {
+        let file = Handle::open(pid).ok()?.open_netns().ok()?;
+        (netns_id(&file, pid).ok()? == instance.netns).then_some(file)
+    });
+    right.map(OwnedFd::from).ok_or(InstanceError::OtherNetns { pid, wanted: instance.netns, found })
+}
+
+/// The network namespace of a living process.
+pub(crate) fn netns_of(pid: Pid) -> Result<NetnsId, InstanceError> {
+    netns_id(&Handle::open(pid)?.open_netns()?, pid)
+}
+
+/// Path of the cgroup2 cgroup of a living process within the hierarchy, as `/proc/PID/cgroup` has it.
+pub(crate) fn cgroup_path_of(pid: Pid) -> Result<PathBuf, InstanceError> {
+    Handle::open(pid)?.cgroup_path()
+}
+
+/// The program that a process runs: device and inode, and its path in its own mount namespace.
+pub(crate) fn program_of(pid: Pid) -> Result<((u64, u64), PathBuf), InstanceError> {
+    let link = PathBuf::from(format!("/proc/{pid}/exe"));
+    let read = |source| InstanceError::Read { what: "exe", pid, source: ProcError::Io(source, None) };
+    let metadata = std::fs::metadata(&link).map_err(read)?;
+    Ok(((metadata.dev(), metadata.ino()), std::fs::read_link(&link).map_err(read)?))
+}
+
+/// The processes of a cgroup and of those below it. What cannot be read has none.
+pub(crate) fn members(cgroup: &Path) -> Vec<Pid> {
+    let mut found = Vec::new();
+    let mut directories = vec![(cgroup.to_owned(), 0)];
+    while let Some((directory, depth)) = directories.pop() {
+        let processes = std::fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+        found.extend(processes.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0).map(Pid));
+        if depth < DEEPEST && found.len() < MEMBERS_LIMIT {
+            let entries = std::fs::read_dir(&directory).into_iter().flatten().flatten();
+            let below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            directories.extend(below.map(|entry| (entry.path(), depth + 1)));
+        }
+    }
+    found
 }
 
 /// The program that a process runs now, as its own mount namespace names it. Before a container's first instruction

@@ -20,6 +20,7 @@ mod pidfd;
 mod pod;
 mod podman;
 mod process;
+mod systemd;
 mod tracker;
 mod work;
 
@@ -43,6 +44,11 @@ pub use nri::{NriConfig, NriGate, read_all as read_nri};
 pub use pod::PodError;
 pub use podman::{PodmanFiles, PodmanSource};
 pub use process::{ProcessWorkloadError, process_workload, resolve_program};
+pub use systemd::{
+    BusError, DropInError, DropIns, GENERATOR_DIRECTORY, InvalidUnitName, LookError, RUNTIME_DIRECTORY,
+    SYSTEM_BUS, SystemdConfig, SystemdSource, UnitError, UnitName, UnitSelection, Units,
+    is_booted_by_systemd, reload_units, unit_subject,
+};
 
 /// An error with all of its causes in one line.
 fn chain(error: &dyn std::error::Error) -> String {

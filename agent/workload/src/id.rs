@@ -72,8 +72,9 @@ macro_rules! name {
 name!(
     /// Names a workload on this node: `<runtime>/<runtime's namespace>/<name>`, such as
     /// `containerd/default/web` or `process/4711-90210`. Stable while the workload lives; a workload
-    /// recreated under the same name has the same `WorkloadId` and another [`crate::Instance`].
-    WorkloadId, "workload id", 253, b"-_./"
+    /// recreated under the same name has the same `WorkloadId` and another [`crate::Instance`]. What unit names of
+    /// systemd may hold is allowed; a slash is the only character of it that cannot be in a file name.
+    WorkloadId, "workload id", 253, b"-_./:@\\"
 );
 name!(
     /// Names a companion within its policy.

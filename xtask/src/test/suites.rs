@@ -16,7 +16,10 @@ use super::{
     cluster::{self, Cluster},
     tally::Tally,
 };
-use crate::{metadata::TESTS, shell};
+use crate::{dist, metadata::TESTS, shell};
+
+/// The suite that installs the Debian package.
+const DEB: &str = "deb";
 
 /// The binaries that were built.
 struct Built {
@@ -56,6 +59,9 @@ pub(super) fn run(
     let before = built.inventory.with_file_name("inventory-before.json");
     shell::run(inventory(&built, "save", &before)?.current_dir(shell::checkout()))?;
 
+    if built.suites.contains_key(DEB) && wanted(DEB) {
+        tally.check("a Debian package", || dist::package("dev"));
+    }
     for (name, program) in built.suites.iter().filter(|(name, _)| wanted(name)) {
         tally.step(&format!("suite {name}"), |tally| {
             let backtrace = std::env::var_os("RUST_BACKTRACE").unwrap_or_else(|| "0".into());

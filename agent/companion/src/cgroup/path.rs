@@ -20,7 +20,7 @@ pub struct CgroupPath(String);
 /// A path that cannot be a cgroup's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "invalid cgroup path {0:?}: must be one to {DEEPEST} names of letters, digits and -_.+, none beginning with a dot"
+    "invalid cgroup path {0:?}: must be one to {DEEPEST} names of letters, digits and -_.+:@\\, none beginning with a dot"
 )]
 pub struct InvalidCgroupPath(pub String);
 
@@ -67,7 +67,7 @@ impl TryFrom<&str> for CgroupPath {
             !name.is_empty()
                 && name.len() <= 255
                 && !name.starts_with('.')
-                && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b))
+                && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+:@\\".contains(&b))
         };
         if path.split('/').all(valid_name) && path.split('/').count() <= DEEPEST {
             Ok(Self(path.to_owned()))

@@ -37,7 +37,7 @@ impl HeldState {
     const RELEASED: u8 = 0x80;
 
     /// A gate holds it. Does nothing once it was released: what has run has run.
-    fn hold(&self, gate: Gate) {
+    pub(super) fn hold(&self, gate: Gate) {
         let number = Gate::ALL.iter().position(|known| *known == gate).unwrap_or(0);
         let number = u8::try_from(number + 1).unwrap_or(0);
         let _ = self.0.compare_exchange(0, number, Ordering::AcqRel, Ordering::Acquire);
@@ -120,9 +120,12 @@ impl Controller {
         if !known {
             let source = self.source_of(runtime);
             self.seen(workload, source, FirstInstruction::Before);
-            // The process of a unit is its manager, which outlives it.
             if runtime != RuntimeKind::Systemd {
                 self.watch(&id, process);
+            } else if let Some(entry) = self.workloads.get_mut(&id) {
+                // The process of a unit is its manager, which outlives it. systemd's source tells of each unit that is held,
+                // and then of its end; what it has told of the unit's start before this one may still be on its way.
+                entry.gates.unconfirmed = Some(process);
             }
         }
         let Some(entry) = self.workloads.get_mut(&id) else {

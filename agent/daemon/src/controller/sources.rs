@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use pillion_runtime::{RuntimeEvent, SourceName};
-use pillion_workload::{FirstInstruction, Subject, Workload, WorkloadId};
+use pillion_workload::{FirstInstruction, Gate, RuntimeKind, Subject, Workload, WorkloadId};
 use tokio::time::Instant;
 
 use super::{Controller, entry::Entry, gates::AtGates};
@@ -122,6 +122,13 @@ impl Controller {
         if recreated {
             (entry.told_first, entry.wanted_at, entry.failure) = (first, Instant::now(), None);
             entry.gates = AtGates::default();
+        }
+        // systemd's source says so of a unit of which the hook is asking right now; its question may be behind this.
+        if first == FirstInstruction::Before
+            && (!known || recreated)
+            && workload.subject.runtime == RuntimeKind::Systemd
+        {
+            entry.gates.state.hold(Gate::Systemd);
         }
         (entry.workload, entry.source, entry.present) = (workload, source, true);
         entry.held = self.held.contains(&id);

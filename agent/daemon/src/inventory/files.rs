@@ -14,8 +14,8 @@ use crate::{config::Paths, hooks};
 /// What Pillion puts into its run directory.
 const IN_RUN_DIR: [&str; 3] = ["admin.sock", "agent.lock", "gate.sock"];
 /// What Pillion puts into its state directory.
-const IN_STATE_DIR: [&str; 7] =
-    ["attachments", "bin", "companions", "gate.json", "held.json", "policies.json", "run"];
+const IN_STATE_DIR: [&str; 8] =
+    ["attachments", "bin", "companions", "gate.json", "held.json", "policies.json", "run", "systemd"];
 /// Deeper trees are not ours.
 const DEEPEST: usize = 16;
 
@@ -59,6 +59,9 @@ pub(super) fn take(paths: &Paths, inventory: &mut Inventory) -> Result<(), Inven
         let detail = Some(format!("the hooks of {runtime}"));
         inventory.ours.push(item(Kind::File, record.display(), detail));
     }
+    for path in drop_ins(paths)? {
+        inventory.ours.push(item(Kind::File, path.display(), Some("drop-in of systemd".to_owned())));
+    }
     for (directory, contents) in contents(paths)? {
         for path in &contents.ours {
             walk(path, DEEPEST, &mut |path, kind| inventory.ours.push(item(kind, path.display(), None)))
@@ -71,6 +74,18 @@ pub(super) fn take(paths: &Paths, inventory: &mut Inventory) -> Result<(), Inven
         inventory.strange.extend(contents.strange);
     }
     Ok(())
+}
+
+/// Drop-ins of systemd that this instance has written, without their copies in the state directory.
+pub(crate) fn drop_ins(paths: &Paths) -> Result<Vec<PathBuf>, InventoryError> {
+    // Which program they call makes no difference to whose they are.
+    let drop_ins = paths.drop_ins(Path::new("/"));
+    let mut files = drop_ins.files().map_err(|error| {
+        let source = io::Error::other(error);
+        InventoryError::at("drop-ins in", &drop_ins.runtime_dir)(source)
+    })?;
+    files.retain(|path| path.starts_with(&drop_ins.runtime_dir));
+    Ok(files)
 }
 
 /// Calls `found` for `path` and all below it, contents before their directory. Does not follow symbolic links.

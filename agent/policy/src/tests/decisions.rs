@@ -51,6 +51,29 @@ fn every_field_given_must_match_and_a_list_is_any_of() {
 }
 
 #[test]
+fn units_that_may_match_are_known_by_name() {
+    for (select, unit, may, patterns) in [
+        ("units: [\"pay-*.service\", a.service]", "pay-1.service", true, &["pay-*.service", "a.service"][..]),
+        ("units: [\"pay-*.service\"]", "web.service", false, &["pay-*.service"]),
+        ("runtimes: [systemd]", "web.service", true, &["*"]),
+        ("runtimes: [systemd], executables: [/bin/x]", "web.service", true, &["*"]),
+        ("executables: [/bin/x]", "web.service", true, &[]),
+        ("names: [\"web*\"]", "web.service", true, &[]),
+        ("names: [\"web-*.service\"]", "web-1.service", true, &["web-*.service"]),
+        ("runtimes: [systemd], names: [\"web-*\"]", "db.service", false, &["web-*"]),
+        ("runtimes: [containerd]", "web.service", false, &[]),
+        ("units: [\"*\"], namespaces: [x]", "web.service", false, &[]),
+        ("labels: { a: b }", "web.service", false, &[]),
+        ("images: [x]", "web.service", false, &[]),
+    ] {
+        let set = one(&policy("p", &format!("select: {{ {select} }}"))).expect("valid");
+        let selector = set.policies()[0].selector();
+        assert_eq!(selector.may_match_unit(unit), may, "{select}");
+        assert_eq!(selector.unit_patterns(), patterns, "{select}");
+    }
+}
+
+#[test]
 fn the_explanation_names_every_field() {
     let set = parse(&[
         file("a.yaml", &policy("low", "select: { names: [\"web*\"] }, priority: -1")),
