@@ -39,7 +39,9 @@ pub(super) fn owner(container: &ContainerId, spec: &Spec) -> Owner {
         return if namespace == MOBY { Owner::Docker } else { Owner::Containerd { namespace } };
     }
     let manager = spec.annotations.get(MANAGER).map(String::as_str);
-    let of_crio = manager == Some("cri-o") || spec.annotations.keys().any(|key| key.starts_with(CRIO));
+    // Podman takes some of CRI-O's annotations for its own (`io.kubernetes.cri-o.TTY`), so these count only where no manager is named.
+    let of_crio =
+        manager.map_or_else(|| spec.annotations.keys().any(|key| key.starts_with(CRIO)), |it| it == "cri-o");
     // Both keep their bundles in a store of containers/storage.
     match (is_in_store(container), manager) {
         (true, _) if of_crio => Owner::Crio,
@@ -84,6 +86,8 @@ mod tests {
         let containerd = |namespace: &str| Owner::Containerd { namespace: namespace.into() };
         let libpod = [(MANAGER, "libpod")];
         let crio = [("io.kubernetes.cri-o.SandboxID", "s")];
+        // As Podman 4.3 writes them.
+        let podman = [(MANAGER, "libpod"), ("io.kubernetes.cri-o.TTY", "false")];
         for (bundle, annotations, wanted) in [
             ("/run/containerd/io.containerd.runtime.v2.task/default/c1", &[][..], containerd("default")),
             ("/run/k3s/containerd/io.containerd.runtime.v2.task/k8s.io/c1", &libpod, containerd("k8s.io")),
@@ -94,6 +98,7 @@ mod tests {
             ("/run/containerd/io.containerd.runtime.v2.task/c1", &[], Owner::Nobody),
             ("/var/lib/containers/storage/overlay-containers/c1/userdata", &libpod, Owner::Podman),
             ("/var/lib/containers/storage/vfs-containers/c1/userdata", &[], Owner::Podman),
+            ("/var/lib/containers/storage/overlay-containers/c1/userdata", &podman, Owner::Podman),
             ("/elsewhere", &libpod, Owner::Podman),
             ("/run/containers/storage/overlay-containers/c1/userdata", &crio, Owner::Crio),
             ("/run/containers/storage/overlay-containers/c2/userdata", &[], Owner::Nobody),
