@@ -179,7 +179,7 @@ struct Connection {
     local_port: u16,
     remote: IpAddr,
     remote_port: u16,
-    /// `None` for a request in SYN_RECV, and from a kernel that does not tell.
+    /// `None` for a request in `SYN_RECV`, and from a kernel that does not tell.
     cgroup: Option<CgroupId>,
     /// `struct inet_diag_sockid` with the cookie: this socket and no later one.
     socket: [u8; 48],
@@ -196,11 +196,11 @@ impl Connection {
         let Some(rule) = &spec.outbound else { return false };
         // As in `pl_connect4` and `pl_connect6`: a link-local destination follows the failure mode.
         let link_local = matches!(self.remote, IpAddr::V6(address) if address.is_unicast_link_local());
-        self.state != TCP_SYN_RECV
-            && !is_local(self.remote)
-            && !(link_local && on_failure == FailureMode::Open)
-            && !rule.exclude.ports.contains(&self.remote_port)
-            && !rule.exclude.cidrs.iter().any(|network| network.contains(&self.remote))
+        let passes = is_local(self.remote)
+            || (link_local && on_failure == FailureMode::Open)
+            || rule.exclude.ports.contains(&self.remote_port)
+            || rule.exclude.cidrs.iter().any(|network| network.contains(&self.remote));
+        self.state != TCP_SYN_RECV && !passes
     }
 }
 
@@ -328,7 +328,7 @@ mod tests {
             assert_eq!(parse(&vec![2; length]), None);
         }
         assert_eq!(parse(&[99; 80]), None);
-        let mut message = vec![0; 72];
+        let mut message = [0; 72];
         message[0] = 2;
         for attributes in [&[0, 0, 21, 0][..], &[255, 255, 21, 0], &[12, 0, 21, 0, 1], &[3, 0, 0, 0], &[8, 0]]
         {

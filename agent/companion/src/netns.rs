@@ -100,7 +100,7 @@ const NLM_F_REQUEST: u16 = 1;
 pub(crate) const NLM_F_ACK: u16 = 4;
 /// The answer is a list.
 pub(crate) const NLM_F_DUMP: u16 = 0x300;
-/// Ask sock_diag(7) for sockets of one family.
+/// Ask `sock_diag(7)` for sockets of one family.
 pub(crate) const SOCK_DIAG_BY_FAMILY: u16 = 20;
 
 /// All listening TCP sockets of the calling thread's network namespace. Unlike `/proc/net/tcp` this does not walk the
