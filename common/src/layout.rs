@@ -223,7 +223,52 @@ impl Counter {
     ];
 }
 
+/// How many bytes of a program's file name are compared.
+pub const PROGRAM_NAME_BYTES: usize = 32;
+
+/// Key of the names that are stopped at exec: what is longer is cut, what is shorter ends with zeroes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ProgramName {
+    /// The bytes.
+    pub bytes: [u8; PROGRAM_NAME_BYTES],
+}
+
+/// A process that is stopped at its exec; its key is its pid.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeldProcess {
+    /// When it started, in nanoseconds of `CLOCK_BOOTTIME`: with the pid, its identity.
+    pub started_ns: u64,
+    /// When it was stopped, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub held_ns: u64,
+}
+
+/// A program whose name matches was executed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExecEvent {
+    /// The process.
+    pub pid: u32,
+    /// [`ExecEvent::HELD`] or nothing.
+    pub flags: u32,
+    /// See [`HeldProcess::started_ns`].
+    pub started_ns: u64,
+}
+
+impl ExecEvent {
+    /// It is stopped.
+    pub const HELD: u32 = 1;
+}
+
+/// Where the agent says that it is alive, in nanoseconds of `CLOCK_MONOTONIC`.
+pub const EXEC_BEAT: u32 = 0;
+/// How many programs could not be told of.
+pub const EXEC_MISSED: u32 = 1;
+
 const _: () = {
+    assert!(size_of::<HeldProcess>() == 16);
+    assert!(size_of::<ExecEvent>() == 16);
     assert!(size_of::<WorkloadConfig>() == 32);
     assert!(size_of::<CompanionConfig>() == 16);
     assert!(size_of::<Destination>() == 20);
@@ -260,4 +305,10 @@ mod pod {
     unsafe impl aya::Pod for super::ListenerKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::InboundRule {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::ProgramName {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::HeldProcess {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::ExecEvent {}
 }

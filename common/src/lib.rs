@@ -18,9 +18,9 @@ mod layout;
 mod slot;
 
 pub use layout::{
-    AF_INET, AF_INET6, BySource, BySourceKey, CompanionConfig, Counter, Destination, ExcludedPort,
-    InboundRule, ListenerKey, Network4, Network6, PORTS_PER_COMPANION, PortKey, Redirected, WorkloadConfig,
-    flags,
+    AF_INET, AF_INET6, BySource, BySourceKey, CompanionConfig, Counter, Destination, EXEC_BEAT, EXEC_MISSED,
+    ExcludedPort, ExecEvent, HeldProcess, InboundRule, ListenerKey, Network4, Network6, PORTS_PER_COMPANION,
+    PROGRAM_NAME_BYTES, PortKey, ProgramName, Redirected, WorkloadConfig, flags,
 };
 pub use slot::{GENERATION_BITS, SLOT_BITS, SLOTS, Slot, SlotAddress, tag};
 

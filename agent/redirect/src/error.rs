@@ -40,6 +40,14 @@ pub enum RedirectError {
         #[source]
         source: Box<aya::maps::MapError>,
     },
+    /// The kernel's description of its structures cannot be used.
+    #[error("cannot use /sys/kernel/btf/vmlinux: {0}")]
+    Btf(String),
+    /// Processes have other numbers here.
+    #[error(
+        "programs can be held at exec only by an agent in the machine's PID namespace (in a container: hostPID, --pid=host)"
+    )]
+    PidNamespace,
     /// A map entry cannot be written or removed.
     #[error("cannot change map {map}")]
     Map {

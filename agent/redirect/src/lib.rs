@@ -11,12 +11,14 @@
 //! v1/maps/PL_…                      every map of the object
 //! v1/links/NUMBER/pl_…              the links of one workload's cgroup and network namespace
 //! v1/links/NUMBER/COMPANION/pl_…    the links of one companion's cgroup
+//! v1/held/PID                       what the agent with this pid has stopped at exec
 //! ```
 
 mod bpffs;
 mod counters;
 mod dataplane;
 mod error;
+mod exec;
 mod guard;
 mod inventory;
 mod links;
@@ -32,8 +34,10 @@ pub use bpffs::{Bpffs, MOUNT_SOURCE};
 pub use counters::Counters;
 pub use dataplane::{Dataplane, LoadOptions};
 pub use error::RedirectError;
+pub use exec::{BEAT, ExecEvents, ExecWatch, Executed, FileName, guard, let_go_left};
 pub use guard::{AttachRequest, RedirectGuard, RedirectRecord, Sources};
 pub use inventory::{Inventory, KernelObject, inventory};
+pub use object::is_redirected;
 pub use ownership::{ByOwner, inventory_by_owner, pins_below};
 pub use pillion_common::LAYOUT_VERSION;
 pub use probe::{Feature, probe};

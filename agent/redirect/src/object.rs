@@ -1,6 +1,6 @@
 //! The embedded eBPF object: its programs, where each is attached, and how it is loaded onto pinned maps.
 
-use std::path::Path;
+use std::{os::fd::AsFd, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -12,7 +12,7 @@ use aya_obj::generated::bpf_attach_type::{
     BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_INET6_GETSOCKNAME,
 };
 
-use crate::RedirectError;
+use crate::{RedirectError, sys};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pillion-ebpf"));
 
@@ -63,6 +63,17 @@ pub(crate) const MAPS: [&str; 13] = [
     "PL_INBOUND",
     "PL_COUNTERS",
 ];
+
+/// Whether connections of this cgroup are redirected already, by a link on it or above it, of whichever instance.
+pub fn is_redirected(cgroup: &Path) -> bool {
+    let running = std::fs::File::open(cgroup)
+        .and_then(|directory| sys::effective_programs(directory.as_fd(), BPF_CGROUP_INET4_CONNECT));
+    let Ok(running) = running else { return false };
+    !running.is_empty()
+        && aya::programs::loaded_programs()
+            .flatten()
+            .any(|program| running.contains(&program.id()) && program.name_as_str() == Some("pl_connect4"))
+}
 
 /// Values that are fixed when a program is loaded.
 #[derive(Debug, Clone, Copy)]

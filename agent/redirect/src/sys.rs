@@ -87,6 +87,27 @@ pub(crate) fn cgroup_link_is_attached(link: BorrowedFd<'_>) -> io::Result<bool> 
     Ok(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id } != 0)
 }
 
+/// `BPF_PROG_QUERY` with `BPF_F_QUERY_EFFECTIVE`: the ids of the programs that run for this cgroup, also those attached
+/// above it (Linux 4.15).
+pub(crate) fn effective_programs(
+    cgroup: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<Vec<u32>> {
+    const EFFECTIVE: u32 = 1;
+    // The kernel runs at most 64 on one cgroup, and ours is among the first that are attached above it.
+    let mut ids = [0_u32; 256];
+    let mut attr = zeroed();
+    attr.query.__bindgen_anon_1.target_fd = number(cgroup.as_raw_fd());
+    attr.query.attach_type = attach_type as u32;
+    attr.query.query_flags = EFFECTIVE;
+    attr.query.prog_ids = ids.as_mut_ptr() as u64;
+    attr.query.__bindgen_anon_2.prog_cnt = u32::try_from(ids.len()).unwrap_or(0);
+    bpf(bpf_cmd::BPF_PROG_QUERY, &attr)?;
+    // SAFETY: the command has written how many there are.
+    let count = unsafe { attr.query.__bindgen_anon_2.prog_cnt };
+    Ok(ids.iter().take(usize::try_from(count).unwrap_or(0)).copied().collect())
+}
+
 /// `BPF_OBJ_PIN`.
 pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
