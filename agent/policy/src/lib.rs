@@ -12,6 +12,7 @@ mod conflict;
 mod document;
 mod fault;
 mod glob;
+mod programs;
 mod quantity;
 mod reader;
 mod redirect;
@@ -33,6 +34,7 @@ pub use crate::{
     document::{API_VERSION, KIND},
     fault::{Fault, Faults, Note},
     glob::{Glob, InvalidGlob},
+    programs::ProgramName,
     select::{FieldReason, Selector},
     set::{Decision, Policy, PolicySet, Reason, Verdict},
     source::{Place, SourceFile},

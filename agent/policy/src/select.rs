@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::{
     fault::{any_of, quoted},
     glob::{Glob, InvalidGlob},
+    programs::ProgramName,
     reader::{At, Fields, nearest, text_map, texts},
     source::Report,
     tree::Node,
@@ -100,6 +101,18 @@ impl Selector {
             && self.namespaces.is_empty()
             && self.labels.is_empty()
             && self.images.is_empty()
+    }
+
+    /// Whether it selects processes of the host by their program: only then are those held at their exec.
+    pub fn selects_programs(&self) -> bool {
+        !self.executables.is_empty()
+            && (self.runtimes.is_empty() || self.runtimes.contains(&RuntimeKind::Process))
+    }
+
+    /// What the names of the program files that it selects begin with, or are.
+    pub(crate) fn program_names(&self) -> impl Iterator<Item = ProgramName> {
+        let patterns = if self.selects_programs() { self.executables.as_slice() } else { &[] };
+        patterns.iter().map(|pattern| ProgramName::of(pattern.as_str()))
     }
 
     /// Every field that was given, and whether it matches.

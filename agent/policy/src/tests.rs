@@ -8,7 +8,7 @@ mod properties;
 use crate::{Faults, PolicySet, SourceFile, parse};
 
 /// Parses one file named `test.yaml`.
-fn one(text: &str) -> Result<PolicySet, Faults> {
+pub(crate) fn one(text: &str) -> Result<PolicySet, Faults> {
     parse(&[file("test.yaml", text)])
 }
 
@@ -17,7 +17,7 @@ fn file(path: &str, text: &str) -> SourceFile {
 }
 
 /// A policy with a header, a relay, and whatever `spec` adds, in flow style.
-fn policy(name: &str, spec: &str) -> String {
+pub(crate) fn policy(name: &str, spec: &str) -> String {
     format!(
         "apiVersion: pillion.dev/v1alpha1\nkind: InjectionPolicy\nmetadata: {{ name: {name} }}\n\
          spec: {{ companions: [{{ name: r, builtin: relay }}], {spec} }}\n"
