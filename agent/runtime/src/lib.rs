@@ -10,6 +10,7 @@ mod cgroup2;
 mod containerd;
 mod docker;
 mod event;
+mod exec;
 mod exits;
 mod gate;
 mod hook;
@@ -34,6 +35,7 @@ pub use docker::{
     engine_version,
 };
 pub use event::{RuntimeEvent, SourceName};
+pub use exec::{ExecConfig, ExecNews, ExecSource, OwnCgroup, OwnCgroupError, Stopper};
 pub use exits::Exits;
 pub use gate::{Admission, Gatekeeper, Hold, Undecided};
 pub use hook::{
