@@ -7,6 +7,7 @@ use std::{mem::ManuallyDrop, path::PathBuf, process::ExitCode, sync::Arc, time::
 use anyhow::Context;
 use pillion_attachment::{Node, Swept, sweep};
 use pillion_companion::{Host, HostConfig, LogLine, cgroup::CgroupRoots};
+use pillion_policy::PolicySet;
 use pillion_redirect::{Bpffs, Dataplane, LoadOptions};
 use pillion_runtime::{Gatekeeper, HookGate, SourceName};
 use pillion_workload::RuntimeKind;
@@ -24,6 +25,7 @@ use crate::{
     admin::{self, Admin},
     config::{AgentConfig, OrNone},
     controller::{Beginning, Controller, Parts},
+    exec_gate,
     http::{self, Listener},
     journal::Journal,
     last_good::LastGood,
@@ -115,21 +117,12 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {}", config.gate_socket().display()))?;
 
     // Policies.
-    let (loads, load_requests) = mpsc::channel(4);
-    let (policy_loads, policies) = mpsc::channel(1);
-    let deliver = move |load| hand_over(load, policy_loads.clone(), selections.clone());
-    let last_good = LastGood {
-        state_dir: config.paths.state_dir.clone(),
-        command: offline_command(&config, watched.docker)?,
-        patience: config.hold_limit,
-    };
-    tokio::spawn(policy_watch::run(
-        config.policy_dir.clone(),
-        last_good,
-        load_requests,
-        deliver,
-        stop.clone(),
-    ));
+    let Policies { loads, loaded: policies, selecting } = watch_policies(&config, watched.docker, selections, &stop)?;
+
+    // Processes held at their exec.
+    let exec_gate = exec_gate::start(&config, gatekeeper, selecting, runtime_events.clone(), &stop);
+    let mut sources = watched.names;
+    sources.push((SourceName::PROCESS, RuntimeKind::Process));
 
     // The controller.
     let mut registry = Registry::default();
@@ -145,7 +138,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         pin_root: config.paths.pin_root.clone(),
     };
     let beginning = Beginning {
-        sources: watched.names,
+        sources,
         runtime,
         holds,
         policies,
@@ -159,6 +152,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let admin = Admin { requests, loads: loads.clone(), dataplane, metrics, registry };
     let mut servers = serve(listeners, &admin, &stop);
     servers.push(tokio::spawn(hooks.run(stop.clone())));
+    servers.push(exec_gate);
     notifier.ready();
     info!(socket = %config.admin_socket().display(), "the agent is up");
 
@@ -174,14 +168,52 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     ended
 }
 
-/// Gives policies to the controller, and then to the keeper of drop-ins.
-async fn hand_over(load: PolicyLoad, policy_loads: mpsc::Sender<PolicyLoad>, selections: Arc<Selections>) {
-    let loaded = load.result.as_ref().ok().cloned();
-    // The controller has ended, and so will this.
-    let _ = policy_loads.send(load).await;
-    if let Some(policies) = loaded {
-        units::select(&selections, policies);
-    }
+/// Where policies come from, and for whom.
+struct Policies {
+    /// Asks for a load.
+    loads: mpsc::Sender<LoadNow>,
+    /// For the controller.
+    loaded: mpsc::Receiver<PolicyLoad>,
+    /// Those in force, for what holds processes at their exec.
+    selecting: watch::Receiver<PolicySet>,
+}
+
+fn watch_policies(
+    config: &AgentConfig,
+    docker: Option<PathBuf>,
+    selections: Arc<Selections>,
+    stop: &CancellationToken,
+) -> anyhow::Result<Policies> {
+    let (loads, load_requests) = mpsc::channel(4);
+    let (policy_loads, loaded) = mpsc::channel(1);
+    let (told, selecting) = watch::channel(PolicySet::empty());
+    let deliver = move |load: PolicyLoad| {
+        let policy_loads = policy_loads.clone();
+        let policies = load.result.as_ref().ok().cloned();
+        let (told, selections) = (told.clone(), selections.clone());
+        async move {
+            // The controller has ended, and so will this.
+            let _ = policy_loads.send(load).await;
+            if let Some(policies) = policies {
+                told.send_replace(policies.clone());
+                // Units are started when their drop-ins are there: these come last.
+                units::select(&selections, policies);
+            }
+        }
+    };
+    let last_good = LastGood {
+        state_dir: config.paths.state_dir.clone(),
+        command: offline_command(config, docker)?,
+        patience: config.hold_limit,
+    };
+    tokio::spawn(policy_watch::run(
+        config.policy_dir.clone(),
+        last_good,
+        load_requests,
+        deliver,
+        stop.clone(),
+    ));
+    Ok(Policies { loads, loaded, selecting })
 }
 
 /// What hooks run when they find no agent.

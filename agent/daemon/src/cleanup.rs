@@ -18,8 +18,8 @@ use nix::{
     mount::{MntFlags, umount2},
     sys::signal::{SigSet, Signal},
 };
-use pillion_redirect::{Bpffs, MOUNT_SOURCE};
-use pillion_runtime::{SYSTEM_BUS, is_booted_by_systemd, reload_units};
+use pillion_redirect::{Bpffs, MOUNT_SOURCE, let_go_left};
+use pillion_runtime::{OwnCgroup, SYSTEM_BUS, is_booted_by_systemd, reload_units};
 use procfs::process::MountInfo;
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
@@ -250,7 +250,13 @@ fn remove(paths: &Paths, workloads: &BTreeSet<String>) -> Vec<anyhow::Error> {
     for problem in remove_drop_ins(paths) {
         attempt(Err(problem));
     }
+    // While it is still known what is stopped.
+    attempt(let_go_left(&paths.pin_root).map(drop).context("cannot let go what was held at its exec"));
     attempt(remove_tree(&paths.pin_root));
+    for own in OwnCgroup::all_of(&paths.state_dir).unwrap_or_default() {
+        let place = own.path().display().to_string();
+        attempt(own.give_back().with_context(|| format!("cannot move the processes out of {place}")));
+    }
     match inventory::mounts() {
         Ok(mounts) => {
             attempt(remove_cgroups(workloads, &mounts));

@@ -296,6 +296,7 @@ mod tests {
             companions: Vec::new(),
             guard: None,
             first_instruction: None,
+            reset_due: false,
             gate: None,
             reset_due: false,
         }

@@ -1,6 +1,6 @@
 //! The `pillion` binary: hands each command to its module and turns the outcome into an exit code.
 //!
-//! Wires, decides nothing. The two hidden commands come first, before anything that starts a thread or takes time:
+//! Wires, decides nothing. The hidden commands come first, before anything that starts a thread or takes time:
 //! `launch` enters namespaces, which only a process with one thread can, and is started for every companion.
 
 mod admin;
@@ -14,6 +14,7 @@ mod client;
 mod config;
 mod controller;
 mod event_log;
+mod exec_gate;
 mod explain;
 mod hooks;
 mod http;
@@ -63,6 +64,9 @@ fn main() -> ExitCode {
     if let Some(command) = std::env::args_os().nth(1) {
         if command == "launch" {
             pillion_companion::launch::main();
+        }
+        if command == exec_gate::COMMAND {
+            return exec_gate::guardian(&std::env::args_os().skip(2).collect::<Vec<_>>());
         }
         if command == "relay" {
             return relay();

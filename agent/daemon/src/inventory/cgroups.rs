@@ -1,5 +1,7 @@
 //! Cgroups below `pillion.slice` in every hierarchy, and the processes in them.
 //!
+//! Beside those, the cgroups of processes that were held at their exec, each below the one that the process was in.
+//!
 //! The slice is shared by all instances on a machine. The directory below it is one workload's, `pillion.slice/<id>`;
 //! it is of the instance in whose state directory that workload has files, or whose files its processes have open.
 //! The instance with the usual state directory owns all that nobody else claims, so that nothing is left for ever.
@@ -11,6 +13,7 @@ use std::{
 };
 
 use pillion_companion::cgroup::SLICE;
+use pillion_runtime::OwnCgroup;
 use procfs::process::MountInfo;
 
 use super::{Inventory, InventoryError, Kind, item};
@@ -47,6 +50,10 @@ pub(super) fn take(
         let list = if ours { &mut inventory.ours } else { &mut inventory.elsewhere };
         list.extend(group.directories.iter().map(|path| item(Kind::Cgroup, path.display(), None)));
         list.extend(group.processes.into_iter().map(|(pid, name)| item(Kind::Process, pid, Some(name))));
+    }
+    for own in OwnCgroup::all_of(&paths.state_dir).unwrap_or_default() {
+        let detail = format!("of process {}, which stays", own.process().pid);
+        inventory.ours.push(item(Kind::Cgroup, own.path().display(), Some(detail)));
     }
     if nobodys {
         inventory.ours.extend(slices(mounts).map(|path| item(Kind::Cgroup, path.display(), None)));
