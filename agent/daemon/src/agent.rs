@@ -137,14 +137,8 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         policy_dir: config.policy_dir.clone(),
         pin_root: config.paths.pin_root.clone(),
     };
-    let beginning = Beginning {
-        sources,
-        runtime,
-        holds,
-        policies,
-        requests: requests_in,
-        stop: stop.clone(),
-    };
+    let beginning =
+        Beginning { sources, runtime, holds, policies, requests: requests_in, stop: stop.clone() };
     let controller = tokio::spawn(Controller::begin_with(parts, beginning, loaded).run());
 
     // Servers.
