@@ -117,7 +117,8 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {}", config.gate_socket().display()))?;
 
     // Policies.
-    let Policies { loads, loaded: policies, selecting } = watch_policies(&config, watched.docker, selections, &stop)?;
+    let Policies { loads, loaded: policies, selecting } =
+        watch_policies(&config, watched.docker, selections, &stop)?;
 
     // Processes held at their exec.
     let exec_gate = exec_gate::start(&config, gatekeeper, selecting, runtime_events.clone(), &stop);

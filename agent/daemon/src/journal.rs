@@ -298,7 +298,6 @@ mod tests {
             first_instruction: None,
             reset_due: false,
             gate: None,
-            reset_due: false,
         }
     }
 
