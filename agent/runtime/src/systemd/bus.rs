@@ -3,10 +3,10 @@
 //! Owns the connection; every question has a deadline. Never starts, stops or changes a unit; the only thing it asks
 //! systemd to do is to read its unit files again.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use pillion_workload::Pid;
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 use zbus::{
     Connection, DynamicType, Message, MessageStream,
     connection::Builder,
@@ -30,6 +30,10 @@ pub(super) const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 const RELOAD_LIMIT: Duration = Duration::from_secs(60);
 /// Signals that wait to be taken by the task that does nothing else.
 const QUEUE: std::num::NonZeroUsize = std::num::NonZeroUsize::new(256).expect("not zero");
+
+/// Questions in flight at once. dbus-daemon refuses more than 128 of one connection (`max_replies_per_connection`), and systemd
+/// answers one after the other anyway.
+const AT_ONCE: usize = 32;
 
 /// Why systemd did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +80,7 @@ pub(super) struct Bus {
     connection: Connection,
     owner: OwnedUniqueName,
     deadline: Duration,
+    questions: Arc<Semaphore>,
 }
 
 /// What is known of a unit.
@@ -131,7 +136,7 @@ impl Bus {
         let connection = timeout(deadline, connecting).await.map_err(|_| silent())?.map_err(failed)?;
         let owner = call(&connection, deadline, BUS, BUS_PATH, BUS, "GetNameOwner", &(SYSTEMD,)).await?;
         let owner = answer("GetNameOwner", SYSTEMD, &owner)?;
-        let bus = Self { connection, owner, deadline };
+        let bus = Self { connection, owner, deadline, questions: Arc::new(Semaphore::new(AT_ONCE)) };
         bus.manager("Subscribe", &(), deadline).await?;
         Ok(bus)
     }
@@ -238,6 +243,8 @@ impl Bus {
     where
         T: for<'de> serde::Deserialize<'de> + Typed,
     {
+        // Each question has its deadline, so that a place is free again in time; nobody closes the places.
+        let _place = self.questions.acquire().await.map_err(|_| BusError::Lost)?;
         let body = (interface, name);
         let reply = call(&self.connection, self.deadline, SYSTEMD, path, PROPERTIES, "Get", &body).await?;
         let failed = |source| BusError::Call { method: name, subject: path.to_owned(), source };
