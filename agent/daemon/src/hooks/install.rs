@@ -78,6 +78,15 @@ fn hook(args: &InstallHooksArgs) -> anyhow::Result<PathBuf> {
     if !hook.is_absolute() || !hook.is_file() {
         bail!("there is no {}\nname it with its absolute path: --hook PATH", hook.display());
     }
+    // As the agent of a DaemonSet has it. A runtime calls the hook until it is restarted, and shims for as long as they run.
+    let passing = |path: &&PathBuf| path.starts_with(&args.paths.state_dir);
+    if let Some(path) = [Some(&hook), args.link_dir.as_ref()].into_iter().flatten().find(passing) {
+        bail!(
+            "{} is in the agent's state directory, which `pillion cleanup` removes under the runtime's feet\n\
+             copy pillion-hook to a place of its own, such as /usr/local/sbin, and name it: --hook PATH",
+            path.display()
+        );
+    }
     Ok(hook)
 }
 
@@ -186,4 +195,43 @@ fn carry_out(
         Wrapper::at(&old, &args.etc.etc).unmake()?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    #[test]
+    fn what_cleanup_removes_is_no_place_for_a_hook() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |path: &str| directory.path().join(path).display().to_string();
+        for place in ["state/bin", "sbin"] {
+            fs::create_dir_all(at(place)).unwrap();
+            fs::write(at(&format!("{place}/pillion-hook")), "").unwrap();
+        }
+        for (place, link, good) in
+            [("sbin", "sbin", true), ("state/bin", "sbin", false), ("sbin", "state/bin", false)]
+        {
+            let program = at(&format!("{place}/pillion-hook"));
+            let (link, state) = (at(link), at("state"));
+            let line = [
+                "pillion",
+                "install-hooks",
+                "--runtime",
+                "containerd",
+                "--hook",
+                &program,
+                "--link-dir",
+                &link,
+            ];
+            let cli = Cli::try_parse_from(line.into_iter().chain(["--state-dir", &state])).unwrap();
+            let Command::InstallHooks(args) = cli.command else { panic!("another command") };
+            assert_eq!(hook(&args).is_ok(), good, "{program} {link}");
+        }
+    }
 }
