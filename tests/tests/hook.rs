@@ -388,7 +388,7 @@ fn fifty_at_once() -> Result<()> {
             let run = |number: usize| {
                 let stage = &stage;
                 scope.spawn(move || -> Result<()> {
-                    let way = if number % 2 == 0 { Way::Wrapper } else { Way::Hook };
+                    let way = if number.is_multiple_of(2) { Way::Wrapper } else { Way::Hook };
                     stage.connect(way, &format!("many-{number}"))?.success().map(drop)
                 })
             };

@@ -147,7 +147,7 @@ impl Controller {
     }
 
     /// Watches the end of a workload that only a gate has told of: its runtime may never do so, as when it is refused.
-    fn watch(&mut self, id: &WorkloadId, process: ProcessId) {
+    pub(super) fn watch(&mut self, id: &WorkloadId, process: ProcessId) {
         match self.inbox.exits.watch(id.clone(), process) {
             Ok(true) => {
                 if let Some(entry) = self.workloads.get_mut(id) {

@@ -117,8 +117,14 @@ impl Controller {
                 let plan = Arc::new(record.plan.clone());
                 entry.plan = Some(plan.clone());
                 self.workloads.insert(id.clone(), entry);
-                self.spawn(record.workload.clone(), plan, netns, Some(record));
-                if unspoken_for {
+                let workload = record.workload.clone();
+                self.spawn(workload.clone(), plan, netns, Some(record));
+                // No source remembers those that only a gate has told of: their own end is what tells.
+                let by_gate = matches!(workload.subject.runtime, RuntimeKind::Process | RuntimeKind::Crio);
+                if by_gate {
+                    self.watch(&id, workload.instance.process);
+                    self.reconcile(&id);
+                } else if unspoken_for {
                     self.ended(&id);
                 } else {
                     self.reconcile(&id);

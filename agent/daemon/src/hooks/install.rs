@@ -219,7 +219,7 @@ mod tests {
         {
             let program = at(&format!("{place}/pillion-hook"));
             let (link, state) = (at(link), at("state"));
-            let line = [
+            let words = [
                 "pillion",
                 "install-hooks",
                 "--runtime",
@@ -229,7 +229,7 @@ mod tests {
                 "--link-dir",
                 &link,
             ];
-            let cli = Cli::try_parse_from(line.into_iter().chain(["--state-dir", &state])).unwrap();
+            let cli = Cli::try_parse_from(words.into_iter().chain(["--state-dir", &state])).unwrap();
             let Command::InstallHooks(args) = cli.command else { panic!("another command") };
             assert_eq!(hook(&args).is_ok(), good, "{program} {link}");
         }
