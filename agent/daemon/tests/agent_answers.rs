@@ -80,7 +80,7 @@ fn status(health: &str, problems: &Value) -> Value {
         "version": env!("CARGO_PKG_VERSION"), "pid": 1, "startedAt": "2026-01-02T03:04:05.678Z",
         "health": health, "problems": problems,
         "policies": {
-            "directory": "/etc/pillion/policy.d", "generation": 1, "loadedAt": "2026-01-02T03:04:05.678Z",
+            "directory": "/etc/pillion/policy.d", "generation": 1, "ofEarlierAgent": false, "loadedAt": "2026-01-02T03:04:05.678Z",
             "policies": [{ "name": "relay-all", "priority": 7, "workloads": 1 }], "refused": null,
         },
         "sources": [{ "name": "containerd", "state": "up", "since": "2026-01-02T03:04:05.678Z", "error": null, "workloads": 2 }],

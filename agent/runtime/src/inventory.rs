@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use pillion_workload::{FirstInstruction, ProcessId, Workload, WorkloadId};
+use pillion_workload::{FirstInstruction, ProcessId, Subject, Workload, WorkloadId};
 
 use crate::{RuntimeEvent, SourceName};
 
@@ -13,6 +13,8 @@ use crate::{RuntimeEvent, SourceName};
 pub(crate) enum Observation {
     /// It is there.
     Present(Box<Workload>, FirstInstruction),
+    /// It is there, and redirection cannot reach it: what policies select on, and why not.
+    Unreachable(Box<Subject>, String),
     /// It is not there, for certain.
     Absent,
     /// It could not be seen. What was known stays.
@@ -30,7 +32,8 @@ impl Inventory {
     pub(crate) fn observe(&mut self, id: &WorkloadId, seen: Observation) -> Vec<RuntimeEvent> {
         match seen {
             Observation::Present(workload, first) => self.present(*workload, first),
-            Observation::Absent => self.remove(id).into_iter().collect(),
+            // It is nothing to attach to; who can tell of it otherwise does.
+            Observation::Absent | Observation::Unreachable(..) => self.remove(id).into_iter().collect(),
             Observation::Unclear => Vec::new(),
         }
     }
@@ -246,7 +249,7 @@ mod tests {
             Observation::Present(workload, _) => {
                 truth.insert(id(number), (**workload).clone());
             }
-            Observation::Absent => {
+            Observation::Absent | Observation::Unreachable(..) => {
                 truth.remove(&id(number));
             }
             Observation::Unclear => {}

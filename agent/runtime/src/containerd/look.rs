@@ -8,7 +8,7 @@ use std::{
 };
 
 use containerd_client::types::v1::{Process, Status};
-use pillion_workload::{FirstInstruction, Instance, InvalidName, Pid, Workload, WorkloadId};
+use pillion_workload::{FirstInstruction, Instance, InvalidName, Pid, Subject, Workload, WorkloadId};
 
 use super::{
     Key,
@@ -41,6 +41,10 @@ pub(super) enum NotAWorkload {
         "it runs in the root cgroup, and what is attached there is attached to everything on the machine"
     )]
     Root,
+    #[error(
+        "its runtime {0} has a kernel of its own between it and this one, which sees none of its sockets"
+    )]
+    OwnKernel(String),
     #[error("the pod has no cgroup of its own, so its containers are workloads, each for itself")]
     SharedCgroup,
     #[error(transparent)]
@@ -224,7 +228,10 @@ impl Look {
                 tracing::debug!(workload = %key, %error, "sandbox left alone");
                 Observation::Absent
             }
-            Err(error @ (NotAWorkload::Root | NotAWorkload::Name(_))) => {
+            Err(error @ (NotAWorkload::Root | NotAWorkload::OwnKernel(_))) => {
+                Observation::Unreachable(Box::new(subject(key, record, sandbox)), error.to_string())
+            }
+            Err(error @ NotAWorkload::Name(_)) => {
                 tracing::warn!(workload = %key, %error, "container left alone");
                 Observation::Absent
             }
@@ -245,11 +252,10 @@ impl Look {
         if record.pod().is_some() && record.whole_pod().is_none() {
             return Err(NotAWorkload::SharedCgroup);
         }
-        let subject = match record.whole_pod() {
-            Some(pod) => pod.subject(),
-            None => record.subject(key, sandbox),
-        };
-        Ok(Workload { id: key.workload_id()?, subject, instance })
+        if let Some(runtime) = record.own_kernel() {
+            return Err(NotAWorkload::OwnKernel(runtime.to_owned()));
+        }
+        Ok(Workload { id: key.workload_id()?, subject: subject(key, record, sandbox), instance })
     }
 
     /// The process in its container's own cgroup.
@@ -259,6 +265,14 @@ impl Look {
 
     pub(super) fn mounts(&self) -> &Cgroup2Mounts {
         &self.mounts
+    }
+}
+
+/// What policies select on, of a container or of a whole pod.
+fn subject(key: &Key, record: &Record, sandbox: Option<&Record>) -> Subject {
+    match record.whole_pod() {
+        Some(pod) => pod.subject(),
+        None => record.subject(key, sandbox),
     }
 }
 

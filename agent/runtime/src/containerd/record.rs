@@ -38,6 +38,8 @@ mod cri {
     pub(super) const UID: &str = "io.kubernetes.pod.uid";
     pub(super) const CONTAINER: &str = "io.kubernetes.container.name";
 }
+/// In names of shims.
+const OWN_KERNEL: [&str; 4] = ["runsc", "kata", "firecracker", "hyperv"];
 /// The name that nerdctl gives a container.
 const NERDCTL_NAME: &str = "nerdctl/name";
 
@@ -52,6 +54,8 @@ pub(super) struct Record {
     pub(super) cgroup: Option<String>,
     /// The pod, of a sandbox.
     pod: Option<Box<Pod>>,
+    /// The shim that runs it, such as `io.containerd.runc.v2`.
+    runtime: Option<String>,
     /// What could not be read, and why.
     pub(super) faults: Vec<String>,
 }
@@ -66,6 +70,7 @@ impl Record {
             None
         });
         let spec = spec.unwrap_or_default();
+        let runtime = container.runtime.map(|runtime| runtime.name).filter(|name| name.len() <= PATH_LIMIT);
         let cgroup = spec.linux.and_then(|linux| linux.cgroups_path).filter(|path| path.len() <= PATH_LIMIT);
         let executable = spec.process.and_then(|process| process.args?.into_iter().next()).and_then(absolute);
         let labels = bounded(container.labels.into_iter().collect(), "labels", &mut faults);
@@ -85,8 +90,16 @@ impl Record {
             executable,
             cgroup,
             pod,
+            runtime,
             faults,
         }
+    }
+
+    /// The shim, when it runs containers in a kernel of its own: in a virtual machine (Kata Containers, Firecracker), or in user
+    /// space (gVisor). Their sockets are not this kernel's, so nothing that is attached here sees them.
+    pub(super) fn own_kernel(&self) -> Option<&str> {
+        let name = self.runtime.as_deref()?;
+        OWN_KERNEL.iter().any(|shim| name.contains(shim)).then_some(name)
     }
 
     /// The pod, when this is a pod's sandbox.
@@ -287,6 +300,24 @@ mod tests {
             }),
             ..Container::default()
         }
+    }
+
+    #[test]
+    fn shims_with_a_kernel_of_their_own_are_known_by_name() {
+        for (name, own) in [
+            ("io.containerd.runc.v2", false),
+            ("io.containerd.runsc.v1", true),
+            ("io.containerd.kata.v2", true),
+            ("io.containerd.kata-qemu.v2", true),
+            ("aws.firecracker", true),
+            ("", false),
+        ] {
+            let runtime =
+                containerd_client::services::v1::container::Runtime { name: name.into(), options: None };
+            let record = Record::parse(Container { runtime: Some(runtime), ..Container::default() });
+            assert_eq!(record.own_kernel(), own.then_some(name), "{name}");
+        }
+        assert_eq!(Record::parse(Container::default()).own_kernel(), None);
     }
 
     #[test]

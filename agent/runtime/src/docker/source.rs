@@ -98,7 +98,8 @@ impl Known {
                 }
                 self.tracker.observe(&id, seen).await
             }
-            Observation::Absent => match self.ids.remove(container) {
+            // An engine's own look makes none that it cannot reach.
+            Observation::Absent | Observation::Unreachable(..) => match self.ids.remove(container) {
                 Some(id) => self.tracker.observe(&id, seen).await,
                 None => Ok(()),
             },
@@ -117,7 +118,7 @@ impl Known {
         for (container, seen) in seen {
             let id = match &seen {
                 Observation::Present(workload, _) => workload.id.clone(),
-                Observation::Absent => continue,
+                Observation::Absent | Observation::Unreachable(..) => continue,
                 Observation::Unclear => match self.ids.get(&container) {
                     Some(id) => id.clone(),
                     None => continue,

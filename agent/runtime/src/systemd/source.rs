@@ -219,7 +219,7 @@ impl Tracker {
     fn note(&mut self, id: &WorkloadId, seen: &Seen) {
         match seen.observation {
             Observation::Present(..) => _ = self.invocations.insert(id.clone(), seen.invocation.clone()),
-            Observation::Absent => {
+            Observation::Absent | Observation::Unreachable(..) => {
                 self.invocations.remove(id);
                 self.holds.remove(id);
             }
