@@ -170,6 +170,16 @@ impl Engine {
         self.remove(name)
     }
 
+    /// The network namespace of the engine, in which containers reach every address of it at the gateway's.
+    pub fn netns(&self) -> Result<NetNs> {
+        NetNs::of(holder(&self.directory)?)
+    }
+
+    /// The gateway's address, as containers know it.
+    pub fn gateway(&self) -> &'static str {
+        self.gateway
+    }
+
     /// Waits until the agent has its source.
     pub fn until_watched(&self) -> Result<()> {
         let is_up = |status: &Value| {

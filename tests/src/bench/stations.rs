@@ -12,7 +12,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::gate::Server;
 use crate::{
-    Agent, Containerd, Finished, Lab, Machine, NetNs, PodSpec, Pods, ProcessGuard, first,
+    Agent, Containerd, Finished, Lab, Machine, NetNs, PodSpec, Pods, ProcessGuard,
+    engines::{self, Engine},
+    first,
     hooked::{FIRST, Hooks, Way},
     pods::GATEWAY,
     run::{self, records},
@@ -60,6 +62,22 @@ pub(super) const STATIONS: &[Station] = &[
         starts: 500,
         prepare: |machine| Ok(Box::new(InContainerd::new(machine, Way::Hook)?)),
     },
+    Station {
+        name: "wrapper docker 20.10",
+        starts: 500,
+        prepare: |machine| Ok(Box::new(InEngine::docker(machine, "bookworm")?)),
+    },
+    Station {
+        name: "wrapper docker 28",
+        starts: 500,
+        prepare: |machine| Ok(Box::new(InEngine::docker(machine, "sid")?)),
+    },
+    Station {
+        name: "hook podman 4.3",
+        starts: 500,
+        prepare: |machine| Ok(Box::new(InEngine::podman(machine)?)),
+    },
+    Station { name: "exec", starts: 500, prepare: |machine| Ok(Box::new(AtExec::new(machine)?)) },
     Station {
         name: "nri containerd 1.7",
         starts: 500,
@@ -144,23 +162,22 @@ impl Place for Run {
     }
 }
 
-/// An agent that is watched: its records, and how long its gates waited.
+/// What an agent tells: its records, and how long its gates waited.
 struct Watched {
-    agent: Agent,
     events: ProcessGuard,
 }
 
 impl Watched {
-    fn new(agent: Agent) -> Result<Self> {
+    fn new(agent: &Agent) -> Result<Self> {
         let mut command = agent.cli_command(&["events", "--follow", "--output", "json"])?;
         let events = ProcessGuard::spawn("pillion events", &mut command)?;
-        Ok(Self { agent, events })
+        Ok(Self { events })
     }
 
-    fn captured(&self, server: SocketAddr, expected: usize) -> Result<usize> {
+    fn captured(agent: &Agent, server: SocketAddr, expected: usize) -> Result<usize> {
         let relayed = || -> Result<usize> {
             let to = server.to_string();
-            Ok(self.agent.records()?.iter().filter(|record| record["destination"] == to.as_str()).count())
+            Ok(agent.records()?.iter().filter(|record| record["destination"] == to.as_str()).count())
         };
         // What is missing after that has been missed.
         let _ = wait_until("the relays' records", RECORDS, || relayed().is_ok_and(|count| count >= expected));
@@ -182,6 +199,7 @@ impl Watched {
 /// containerd with runc, by the wrapper or the hook.
 struct InContainerd {
     watched: Watched,
+    agent: Agent,
     containerd: Containerd,
     hooks: Hooks,
     way: Way,
@@ -200,7 +218,7 @@ impl InContainerd {
         agent.run()?;
         agent.until_status("containerd", |status| source(status, "containerd") == "up")?;
         let hooks = Hooks::new(machine, &agent, v4(server.address)?)?;
-        Ok(Self { watched: Watched::new(agent)?, containerd, hooks, way, near, _far: far, server })
+        Ok(Self { watched: Watched::new(&agent)?, agent, containerd, hooks, way, near, _far: far, server })
     }
 }
 
@@ -216,13 +234,13 @@ impl Place for InContainerd {
         let way = if matched { self.way } else { Way::Bare };
         answered(self.hooks.finish(way, &self.containerd, &container)?)?;
         if matched {
-            self.watched.agent.until_forgotten(&id(name))?;
+            self.agent.until_forgotten(&id(name))?;
         }
         Ok(())
     }
 
     fn captured(&self, expected: usize) -> Result<usize> {
-        self.watched.captured(self.server.address, expected)
+        Watched::captured(&self.agent, self.server.address, expected)
     }
 
     fn held(&self) -> Result<Vec<f64>> {
@@ -234,6 +252,7 @@ impl Place for InContainerd {
 /// creation, whose network and sandbox are the larger part of it.
 struct InPods {
     watched: Watched,
+    agent: Agent,
     server: Server,
     pods: Pods,
     _lab: Lab,
@@ -250,7 +269,7 @@ impl InPods {
         for name in ["nri", "containerd"] {
             agent.until_status(name, |status| source(status, name) == "up")?;
         }
-        Ok(Self { watched: Watched::new(agent)?, server, pods, _lab: lab })
+        Ok(Self { watched: Watched::new(&agent)?, agent, server, pods, _lab: lab })
     }
 }
 
@@ -271,7 +290,120 @@ impl Place for InPods {
 
     fn captured(&self, expected: usize) -> Result<usize> {
         let to = SocketAddr::new(GATEWAY.parse()?, self.server.address.port());
-        self.watched.captured(to, expected)
+        Watched::captured(&self.agent, to, expected)
+    }
+
+    fn held(&self) -> Result<Vec<f64>> {
+        self.watched.held()
+    }
+}
+
+/// Docker or Podman, with the hooks that `pillion install-hooks` has put into it.
+struct InEngine {
+    watched: Watched,
+    engine: Engine,
+    server: Server,
+    program: PathBuf,
+    /// By which a container comes to the gate. Without them it does not, but Podman asks its hooks about every container.
+    gated: &'static [&'static str],
+}
+
+impl InEngine {
+    fn docker(machine: &Machine, version: &'static str) -> Result<Self> {
+        Self::with(machine, Engine::docker(machine, version)?, "docker", &["--runtime", "pillion"])
+    }
+
+    fn podman(machine: &Machine) -> Result<Self> {
+        Self::with(machine, Engine::podman(machine)?, "podman", &[])
+    }
+
+    fn with(
+        machine: &Machine,
+        mut engine: Engine,
+        name: &str,
+        gated: &'static [&'static str],
+    ) -> Result<Self> {
+        let server = Server::start(&engine.netns()?, "0.0.0.0:8081")?;
+        let to = SocketAddrV4::new(engine.gateway().parse()?, server.address.port());
+        let program = first::build(machine.directory(), "first", to)?;
+        let relay = "{ name: r, builtin: relay, stopGrace: 1s }";
+        engine.agent.policy("web.yaml", &engines::policy(name, "web", relay, "", "closed"))?;
+        engine.agent.run()?;
+        engine.until_watched()?;
+        let watched = Watched::new(&engine.agent)?;
+        Ok(Self { watched, engine, server, program, gated })
+    }
+}
+
+impl Place for InEngine {
+    fn server(&self) -> &Server {
+        &self.server
+    }
+
+    fn start(&self, name: &str, matched: bool) -> Result<()> {
+        let (label, flags) = if matched { ("app=web", self.gated) } else { ("app=none", &[][..]) };
+        let mount = format!("{}:/first:ro", self.program.display());
+        let run = ["run", "--rm", "--name", name, "--label", label, "-v", &mount];
+        answered(self.engine.tool(&[&run[..], flags, &["localhost/busybox:1", "/first"]].concat())?)
+    }
+
+    fn captured(&self, expected: usize) -> Result<usize> {
+        let to = SocketAddr::new(self.engine.gateway().parse()?, self.server.address.port());
+        Watched::captured(&self.engine.agent, to, expected)
+    }
+
+    fn held(&self) -> Result<Vec<f64>> {
+        self.watched.held()
+    }
+}
+
+/// A process of the host, held at its exec.
+struct AtExec {
+    watched: Watched,
+    agent: Agent,
+    near: NetNs,
+    _far: NetNs,
+    server: Server,
+    selected: PathBuf,
+    other: PathBuf,
+}
+
+impl AtExec {
+    fn new(machine: &Machine) -> Result<Self> {
+        let (near, far) = NetNs::pair()?;
+        let server = Server::start(&far, &format!("{FAR}:8080"))?;
+        let build = |name| first::build(machine.directory(), name, v4(server.address)?);
+        let (selected, other) = (build("first-selected")?, build("bare")?);
+        let mut agent = Agent::new(machine, None)?;
+        let policy = format!(
+            "{KIND}\nmetadata: {{ name: web }}\nspec:\n  \
+             select: {{ runtimes: [process], executables: [\"{}\"] }}\n  \
+             companions: [{{ name: relay, builtin: relay, stopGrace: 1s }}]\n  \
+             redirect: {{ outbound: [{{ to: relay }}] }}\n  onFailure: closed\n",
+            selected.display()
+        );
+        agent.policy("web.yaml", &policy)?;
+        agent.run()?;
+        wait_until("programs held at their exec", RECORDS, || {
+            agent.log().is_ok_and(|log| log.contains("held at their exec"))
+        })?;
+        Ok(Self { watched: Watched::new(&agent)?, agent, near, _far: far, server, selected, other })
+    }
+}
+
+impl Place for AtExec {
+    fn server(&self) -> &Server {
+        &self.server
+    }
+
+    fn start(&self, name: &str, matched: bool) -> Result<()> {
+        let program = if matched { &self.selected } else { &self.other };
+        let done = self.near.run(|| ProcessGuard::finish(name, &mut Command::new(program), DEADLINE))?;
+        answered(done)
+    }
+
+    fn captured(&self, expected: usize) -> Result<usize> {
+        Watched::captured(&self.agent, self.server.address, expected)
     }
 
     fn held(&self) -> Result<Vec<f64>> {
