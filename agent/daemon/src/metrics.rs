@@ -140,6 +140,7 @@ impl Metrics {
     pub(crate) fn gate(&self, gate: Gate, admission: &Admission, took: Duration) {
         let outcome = match admission {
             Admission::Unmatched => "unmatched",
+            Admission::Covered => "covered",
             Admission::Attached => "attached",
             Admission::Open { .. } => "open",
             Admission::Refused { .. } => "refused",

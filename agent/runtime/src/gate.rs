@@ -37,6 +37,8 @@ pub struct Hold {
 pub enum Admission {
     /// Let it run: nothing is wanted for it.
     Unmatched,
+    /// Let it run: it is part of another workload, such as a container, which has been decided on by itself.
+    Covered,
     /// Let it run: its companions are ready and its sockets are redirected.
     Attached,
     /// Let it run without some of it, as the policy's `onFailure: open` says.
@@ -59,7 +61,7 @@ impl Admission {
     /// Whether it may run.
     pub fn admits(&self) -> bool {
         match self {
-            Self::Unmatched | Self::Attached | Self::Open { .. } => true,
+            Self::Unmatched | Self::Covered | Self::Attached | Self::Open { .. } => true,
             Self::Refused { .. } => false,
         }
     }
@@ -67,7 +69,7 @@ impl Admission {
     /// What its user is to read, naming Pillion and the policy; nothing when all is as wanted.
     pub fn message(&self) -> Option<String> {
         match self {
-            Self::Unmatched | Self::Attached => None,
+            Self::Unmatched | Self::Covered | Self::Attached => None,
             Self::Open { policy, reason } => Some(format!(
                 "pillion: {reason}; policy {policy} says onFailure: open: it runs without until that is there"
             )),
@@ -137,6 +139,7 @@ mod tests {
         let open = Admission::Open { policy, reason };
         for (admission, admits, words) in [
             (Admission::Unmatched, true, None),
+            (Admission::Covered, true, None),
             (Admission::Attached, true, None),
             (open, true, Some("onFailure: open")),
             (refused, false, Some("onFailure: closed")),

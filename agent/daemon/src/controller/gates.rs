@@ -12,7 +12,9 @@ use std::{
 };
 
 use pillion_runtime::{Admission, Hold};
-use pillion_workload::{FailureMode, FirstInstruction, Gate, Plan, ProcessId, RuntimeKind, WorkloadId};
+use pillion_workload::{
+    FailureMode, FirstInstruction, Gate, Plan, ProcessId, RuntimeKind, Workload, WorkloadId,
+};
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{Controller, entry::Entry};
@@ -116,6 +118,10 @@ impl Controller {
         let Hold { gate, workload, since, decide_by, answer } = hold;
         let (id, process) = (workload.id.clone(), workload.instance.process);
         let runtime = workload.subject.runtime;
+        if gate == Gate::Exec && self.is_in_a_container(&workload) {
+            self.metrics.gate(gate, &Admission::Covered, since.elapsed());
+            return drop(answer.map(|answer| answer.send(Admission::Covered)));
+        }
         let known = self.workloads.get(&id).is_some_and(|entry| entry.is_instance(&workload.instance));
         if !known {
             let source = self.source_of(runtime);
@@ -144,6 +150,23 @@ impl Controller {
             entry.gates.waiting.push(Waiting { gate, since, decide_by, answer });
         }
         self.reconcile(&id);
+    }
+
+    /// Whether its cgroup is within that of a container: the program is that container's, for which its own gate or source
+    /// speaks, be it selected or not.
+    fn is_in_a_container(&self, workload: &Workload) -> bool {
+        let cgroup = &workload.instance.cgroup.path;
+        self.workloads.values().any(|entry| {
+            let by_engine = match entry.workload.subject.runtime {
+                RuntimeKind::Containerd | RuntimeKind::Docker | RuntimeKind::Podman | RuntimeKind::Crio => {
+                    true
+                }
+                // A container of runc alone, which only its gate has told of.
+                RuntimeKind::Process => entry.gates.state.gate().is_some_and(|gate| gate != Gate::Exec),
+                RuntimeKind::Systemd => false,
+            };
+            by_engine && entry.present && cgroup.starts_with(&entry.workload.instance.cgroup.path)
+        })
     }
 
     /// Watches the end of a workload that only a gate has told of: its runtime may never do so, as when it is refused.
@@ -217,7 +240,7 @@ impl Controller {
         let Waiting { gate, since, answer, .. } = waiting;
         let took = since.elapsed();
         let (kind, text) = match &admission {
-            Admission::Unmatched => (None, String::new()),
+            Admission::Unmatched | Admission::Covered => (None, String::new()),
             Admission::Attached => (Some(EventKind::Admitted), format!("let run by the {gate} gate")),
             Admission::Open { reason, .. } => (
                 Some(EventKind::AdmittedOpen),

@@ -131,7 +131,7 @@ pub(super) async fn hold(config: Arc<ExecConfig>, process: ProcessId, held: bool
             back(&config, own, &workload).await;
             Outcome::Nothing
         }
-        Ok(Admission::Unmatched) => {
+        Ok(Admission::Unmatched | Admission::Covered) => {
             back(&config, own, &workload).await;
             Outcome::Nothing
         }
