@@ -142,6 +142,14 @@ impl Containerd {
         self.pid(container.id)
     }
 
+    /// Runs a container in the background by another shim.
+    pub fn run_by(&self, shim: &Path, container: &Container<'_>) -> Result<()> {
+        let mut command = self.ctr_command()?;
+        command.args(["run", "--detach", "--runtime"]).arg(shim);
+        container.finish(&mut command);
+        ProcessGuard::finish("ctr run", &mut command, DEADLINE)?.success().map(drop)
+    }
+
     /// A command that runs a container with this process's stdin and stdout until it ends, and then removes it.
     pub fn run_attached(&self, container: &Container<'_>) -> Result<Command> {
         let mut command = self.ctr_command()?;

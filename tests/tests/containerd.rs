@@ -1,7 +1,9 @@
 //! The agent with a real containerd and runc: what becomes of containers, of their connections, and of the agent's word on them,
 //! while everything around them is changed, killed and started again.
 
-use std::{collections::BTreeSet, fs, path::Path, process::Stdio, thread, time::Duration};
+use std::{
+    collections::BTreeSet, fs, os::unix::fs::symlink, path::Path, process::Stdio, thread, time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
@@ -49,6 +51,28 @@ fn containers_of_before_and_after_the_agent_go_through_the_relay() -> Result<()>
         drop((early, late));
         scene.agent.until_forgotten(&id("early"))?;
         scene.agent.until_forgotten(&id("late"))?;
+        scene.end()
+    })
+}
+
+/// A fake: gVisor is not to be had here, so runc's shim bears the name of gVisor's. What is tested is what is said of it.
+#[test]
+fn a_container_in_a_kernel_of_its_own_is_not_passed_over_in_silence() -> Result<()> {
+    on_machine(|machine| {
+        let scene = Scene::with_agent(machine)?;
+        let shim = machine.directory().join("containerd-shim-runsc-v1");
+        symlink(programs::system("containerd-shim-runc-v2")?, &shim)?;
+        let labels: &[(&str, &str)] = &[("app", "web")];
+        let container =
+            Container { id: "sandboxed", labels, netns: Some(&scene.near), command: &["sleep", "99"] };
+        scene.containerd.run_by(&shim, &container)?;
+        let told = scene.agent.until_verdict(&id("sandboxed"), "cannotAttach")?;
+        ensure!(told["reason"].as_str().is_some_and(|reason| reason.contains("runsc")), "{told}");
+        assert_eq!((&told["policy"], &told["instance"]), (&"web".into(), &Value::Null));
+        scene.agent.until_status("degraded", |status| status["health"] == "degraded")?;
+        assert_eq!(scene.kinds_of_events("sandboxed")?, ["cannotAttach"]);
+        scene.containerd.remove("sandboxed")?;
+        scene.agent.until_forgotten(&id("sandboxed"))?;
         scene.end()
     })
 }
