@@ -187,6 +187,39 @@ fn cleanup_without_a_journal() -> Result<()> {
     })
 }
 
+/// A machine without systemd has no BPF file system mounted: Pillion mounts one, and takes it back.
+#[test]
+fn the_file_system_that_pillion_mounted_is_taken_back() -> Result<()> {
+    on_machine(|machine| {
+        let mut hold = Command::new("unshare");
+        hold.args(["--mount", "--propagation", "private", "--", "/bin/sh", "-ec"]);
+        hold.arg("umount /sys/fs/bpf; echo bare; exec sleep infinity");
+        let mut holder = ProcessGuard::spawn("a machine without a BPF file system", &mut hold)?;
+        holder.stdout_line(SOON, |line| line == "bare")?;
+        let inside = holder.pid();
+        let is_mounted = || -> Result<bool> {
+            Ok(fs::read_to_string(format!("/proc/{inside}/mounts"))?.contains(" /sys/fs/bpf "))
+        };
+        ensure!(!is_mounted()?, "there is one");
+        let flags = ["--docker-socket", "none", "--podman-socket", "none"];
+        let mut agent = Agent::watching(machine, &flags, Some(inside))?;
+        agent.policy("web.yaml", &web("closed", ""))?;
+        agent.run()?;
+        ensure!(is_mounted()?, "the agent has mounted none");
+        agent.stop(Signal::SIGTERM)?;
+        let mut cleanup = Command::new("nsenter");
+        cleanup
+            .args(["-m", "-t", &inside.to_string(), "--"])
+            .arg(programs::pillion()?)
+            .args(["cleanup", "--yes"]);
+        cleanup.arg("--state-dir").arg(agent.state_dir()).arg("--run-dir").arg(agent.run_dir());
+        cleanup.arg("--pin-root").arg(agent.pin_root());
+        let done = ProcessGuard::finish("pillion cleanup", &mut cleanup, SOON)?.success()?;
+        ensure!(!is_mounted()?, "it is still mounted: {}{}", done.stdout, done.stderr);
+        Ok(())
+    })
+}
+
 #[test]
 fn cleanup_with_a_broken_journal_and_lost_pins() -> Result<()> {
     on_machine(|machine| {

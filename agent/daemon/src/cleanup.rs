@@ -28,7 +28,7 @@ use crate::{
     cli::CleanupArgs,
     config::Paths,
     hooks,
-    inventory::{self, Inventory, Item, Kind, User, cgroups, files},
+    inventory::{self, Inventory, Item, Kind, Locks, User, cgroups, files},
     render::{self, Cell, Format, Paint, Table, Tone, View, count, note},
 };
 
@@ -126,7 +126,7 @@ fn wait_for_the_end() -> anyhow::Result<()> {
 
 fn clean(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
     // Held to the end, so that no agent starts meanwhile. The file itself is among what is removed.
-    let _lock = lock(&args.paths)?;
+    let mut locks = lock(&args.paths)?;
     let before = inventory::take(&args.paths, &BTreeSet::new())?;
     if args.dry_run {
         note(format_args!("{} would be removed", count(before.ours.len(), "thing")));
@@ -140,7 +140,7 @@ fn clean(args: &CleanupArgs) -> anyhow::Result<ExitCode> {
         note("nothing was removed");
         return Ok(ExitCode::FAILURE);
     }
-    let problems = remove(&args.paths, &before.workloads);
+    let problems = remove(&args.paths, &before.workloads, &mut locks);
     for problem in problems {
         note(format_args!("{problem:#}"));
     }
@@ -196,10 +196,9 @@ fn refuse_unsafe_places(paths: &Paths) -> anyhow::Result<()> {
 }
 
 /// Keeps an agent from starting meanwhile; refuses when one runs, or a `pillion run`.
-fn lock(paths: &Paths) -> anyhow::Result<User> {
-    let user = inventory::user(paths)?;
-    match &user {
-        User::Nobody(_) => Ok(user),
+fn lock(paths: &Paths) -> anyhow::Result<Locks> {
+    match inventory::user(paths)? {
+        User::Nobody(locks) => Ok(locks),
         User::Agent(pid) => {
             let who = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
             bail!(
@@ -241,7 +240,7 @@ fn confirmed(before: &Inventory) -> anyhow::Result<bool> {
 }
 
 /// Removes what can be removed, in order; what cannot is told, and the look afterwards shows it.
-fn remove(paths: &Paths, workloads: &BTreeSet<String>) -> Vec<anyhow::Error> {
+fn remove(paths: &Paths, workloads: &BTreeSet<String>, locks: &mut Locks) -> Vec<anyhow::Error> {
     let mut problems = Vec::new();
     let mut attempt = |result: anyhow::Result<()>| problems.extend(result.err());
     // Before anything that they would ask for.
@@ -273,6 +272,7 @@ fn remove(paths: &Paths, workloads: &BTreeSet<String>) -> Vec<anyhow::Error> {
         }
         Err(error) => attempt(Err(error.into())),
     }
+    locks.let_go(&paths.pin_root);
     attempt(release_bpffs(paths));
     match files::contents(paths) {
         Ok(directories) => {

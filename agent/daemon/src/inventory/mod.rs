@@ -211,11 +211,22 @@ pub(crate) fn mounts() -> Result<Vec<MountInfo>, InventoryError> {
 #[derive(Debug)]
 pub(crate) enum User {
     /// Nobody, and no agent can start while these live.
-    Nobody(#[expect(dead_code, reason = "held, not read")] Vec<Flock<fs::File>>),
+    Nobody(Locks),
     /// An agent, which holds flock(2) locks for as long as it runs; its pid, where it says so.
     Agent(Option<i32>),
     /// At least one `pillion run`.
     Runs(Vec<i32>),
+}
+
+/// The agent's locks, each on a file or directory.
+#[derive(Debug)]
+pub(crate) struct Locks(Vec<(PathBuf, Flock<fs::File>)>);
+
+impl Locks {
+    /// Gives up the one on `path`, which has been removed: open, it would keep its file system from being unmounted.
+    pub(crate) fn let_go(&mut self, path: &Path) {
+        self.0.retain(|(locked, _)| locked != path);
+    }
 }
 
 /// Takes the agent's locks if they can be had, on a file in the run directory, the state directory and the pin root; then
@@ -230,7 +241,7 @@ pub(crate) fn user(paths: &Paths) -> Result<User, InventoryError> {
             Err(error) => return Err(InventoryError::at("who holds", &path)(error)),
         };
         match take_soon(file) {
-            Ok(lock) => locks.push(lock),
+            Ok(lock) => locks.push((path, lock)),
             Err((file, Errno::EWOULDBLOCK)) => {
                 let text = io::read_to_string(io::Read::take(file, 64)).unwrap_or_default();
                 return Ok(User::Agent(text.trim().parse().ok()));
@@ -239,7 +250,7 @@ pub(crate) fn user(paths: &Paths) -> Result<User, InventoryError> {
         }
     }
     let runs = live_runs(paths);
-    Ok(if runs.is_empty() { User::Nobody(locks) } else { User::Runs(runs) })
+    Ok(if runs.is_empty() { User::Nobody(Locks(locks)) } else { User::Runs(runs) })
 }
 
 /// Each `pillion run` has a state directory that bears its pid and start time.
