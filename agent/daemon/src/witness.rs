@@ -25,13 +25,17 @@ impl Attached {
 impl Witness for Attached {
     fn look(&self) -> BoxFuture<'_, FirstInstruction> {
         Box::pin(async {
-            // A runtime whose container is held would answer only when it is let go.
-            if self.held.is_held() {
-                return FirstInstruction::Before;
-            }
-            match &self.probe {
-                Some(probe) => probe.check(&self.workload).await,
-                None => FirstInstruction::Unknown,
+            let asked = async {
+                match &self.probe {
+                    Some(probe) => probe.check(&self.workload).await,
+                    None => FirstInstruction::Unknown,
+                }
+            };
+            // A runtime whose container is held, or comes to be while it is asked, answers only when that is let go.
+            tokio::select! {
+                biased;
+                () = self.held.until_held() => FirstInstruction::Before,
+                answer = asked => answer,
             }
         })
     }

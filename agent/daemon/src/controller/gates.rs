@@ -4,6 +4,7 @@
 //! An answer is given once; a gate that has given up is forgotten.
 
 use std::{
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU8, Ordering},
@@ -15,7 +16,10 @@ use pillion_runtime::{Admission, Hold};
 use pillion_workload::{
     FailureMode, FirstInstruction, Gate, Plan, ProcessId, RuntimeKind, Workload, WorkloadId,
 };
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{
+    sync::{Notify, oneshot},
+    time::Instant,
+};
 
 use super::{Controller, entry::Entry};
 use crate::{
@@ -32,7 +36,14 @@ const ENDS: &str = "the agent ends";
 
 /// Whether a workload is held, shared with the task that attaches it.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct HeldState(Arc<AtomicU8>);
+pub(crate) struct HeldState(Arc<Held>);
+
+#[derive(Debug, Default)]
+struct Held {
+    /// Which gate, and whether it was told to let it run.
+    value: AtomicU8,
+    changed: Notify,
+}
 
 impl HeldState {
     /// Bit set once some gate was told to let it run.
@@ -42,23 +53,37 @@ impl HeldState {
     pub(super) fn hold(&self, gate: Gate) {
         let number = Gate::ALL.iter().position(|known| *known == gate).unwrap_or(0);
         let number = u8::try_from(number + 1).unwrap_or(0);
-        let _ = self.0.compare_exchange(0, number, Ordering::AcqRel, Ordering::Acquire);
+        let _ = self.0.value.compare_exchange(0, number, Ordering::AcqRel, Ordering::Acquire);
+        self.0.changed.notify_waiters();
     }
 
     /// It may run, or has run before any gate held it.
     fn release(&self) {
-        self.0.fetch_or(Self::RELEASED, Ordering::AcqRel);
+        self.0.value.fetch_or(Self::RELEASED, Ordering::AcqRel);
     }
 
     /// Whether a gate holds it now, so that it has not begun.
     pub(crate) fn is_held(&self) -> bool {
-        let value = self.0.load(Ordering::Acquire);
+        let value = self.0.value.load(Ordering::Acquire);
         value != 0 && value & Self::RELEASED == 0
+    }
+
+    /// Returns when a gate holds it; perhaps never.
+    pub(crate) async fn until_held(&self) {
+        loop {
+            let mut changed = pin!(self.0.changed.notified());
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            if self.is_held() {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Which gate holds it or was the first to.
     pub(crate) fn gate(&self) -> Option<Gate> {
-        let number = self.0.load(Ordering::Acquire) & !Self::RELEASED;
+        let number = self.0.value.load(Ordering::Acquire) & !Self::RELEASED;
         Gate::ALL.get(usize::from(number).checked_sub(1)?).copied()
     }
 
@@ -323,6 +348,21 @@ fn by_mode(plan: &Plan, reason: String) -> Admission {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A look that waits for the runtime must hear of the hold: the runtime answers only when that is over.
+    #[tokio::test]
+    async fn who_waits_hears_of_the_hold() {
+        let state = HeldState::default();
+        let waiting = tokio::spawn({
+            let state = state.clone();
+            async move { state.until_held().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        state.hold(Gate::Wrapper);
+        tokio::time::timeout(Duration::from_secs(20), waiting).await.unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(20), state.until_held()).await.unwrap();
+    }
 
     #[test]
     fn what_was_released_is_not_held_again() {
