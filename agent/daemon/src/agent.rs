@@ -150,6 +150,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     servers.push(exec_gate);
     notifier.ready();
     info!(socket = %config.admin_socket().display(), "the agent is up");
+    tokio::spawn(memory::give_back_the_beginnings());
 
     let ended = wait(&notifier, &admin, &loads, controller, &stop).await;
     drop(runtime_events);
