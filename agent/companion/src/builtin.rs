@@ -1,11 +1,11 @@
-//! The embedded relay as a companion: the agent's own binary, its configuration on standard input.
+//! The embedded relay as a companion: what it is told.
 
-use std::{os::fd::OwnedFd, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use crate::{
     error::CompanionError,
     host::Launch,
-    launch::memory_file,
+    launch::Program,
     relay::{InvalidRelayConfig, RelayConfig},
 };
 
@@ -15,17 +15,9 @@ const METRICS_SOCKET: &str = "/proc/self/cwd/run/metrics.sock";
 /// The relay ends by itself this long before the agent would kill it.
 const DRAIN_MARGIN: Duration = Duration::from_millis(250);
 
-/// The path is only what `ps` shows: the program is handed over as a descriptor.
-pub(crate) fn command() -> Vec<String> {
-    vec!["/pillion".into(), "relay".into()]
-}
-
-/// The configuration as a sealed file; it is read again after each restart, hence never a pipe.
-pub(crate) fn input(launch: &Launch) -> Result<OwnedFd, CompanionError> {
-    let config = config(launch)?;
-    let json =
-        serde_json::to_vec(&config).map_err(|error| CompanionError::RelayInput { source: error.into() })?;
-    memory_file("pillion-relay", &json).map_err(|source| CompanionError::RelayInput { source })
+/// What a launcher is to become.
+pub(crate) fn program(launch: &Launch) -> Result<Program, CompanionError> {
+    Ok(Program::Relay(Box::new(config(launch)?)))
 }
 
 fn config(launch: &Launch) -> Result<RelayConfig, InvalidRelayConfig> {

@@ -57,12 +57,6 @@ pub enum CompanionError {
     /// The relay's configuration.
     #[error(transparent)]
     Relay(#[from] crate::relay::InvalidRelayConfig),
-    /// Handing the relay its configuration.
-    #[error("cannot hand over the relay's configuration")]
-    RelayInput {
-        /// Why not.
-        source: io::Error,
-    },
     /// Following its output.
     #[error("cannot follow the companion's output")]
     Logs {

@@ -1,8 +1,8 @@
 //! From a plan to a launch: user, variables, templates, arguments, environment. Both kinds of companions end here.
 
-use std::{ffi::OsString, fs::File, io, os::fd::AsFd, path::PathBuf};
+use std::{ffi::OsString, io, os::fd::AsFd, path::PathBuf};
 
-use pillion_workload::{CompanionKind, ExecSpec, Probe};
+use pillion_workload::{CompanionKind, Probe};
 
 use crate::{
     builtin,
@@ -63,29 +63,18 @@ impl Prepared {
     /// The companion itself.
     pub(crate) fn main_request(
         &self,
-        host: &HostConfig,
         launch: &Launch,
         cgroup: &CgroupGuard,
     ) -> Result<Request, CompanionError> {
-        let mut request = match &launch.spec.kind {
-            CompanionKind::Exec(exec) => self.request(self.command(exec)?, launch, cgroup)?,
-            CompanionKind::Relay => {
-                let request = self.request(builtin::command(), launch, cgroup)?;
-                let directory = |source| CompanionError::Directory {
-                    operation: "open",
-                    path: host.launcher.clone(),
-                    source,
-                };
-                // By descriptor: the binary may lie where the companion's user may not look.
-                let program = File::open(&host.launcher).map_err(directory)?;
-                request.with_program(program.into()).with_input(builtin::input(launch)?)
-            }
+        let request = match &launch.spec.kind {
+            CompanionKind::Exec(exec) => self.command_request(&exec.command, launch, cgroup)?,
+            CompanionKind::Relay => self.request(builtin::program(launch)?, Vec::new(), launch, cgroup)?,
         };
         let log = self.directory.path().join(crate::directory::LOG);
         let open = |stream| logs::open_for_companion(&log, stream, &self.identity).map(Output::Given);
-        request.output = open(logs::Stream::Output).map_err(|source| CompanionError::Logs { source })?;
-        request.errors = open(logs::Stream::Errors).map_err(|source| CompanionError::Logs { source })?;
-        Ok(request)
+        let streams = open(logs::Stream::Output).and_then(|output| Ok((output, open(logs::Stream::Errors)?)));
+        let (output, errors) = streams.map_err(|source| CompanionError::Logs { source })?;
+        Ok(request.with_output(output, errors))
     }
 
     /// The command of an exec probe; `None` when the companion has none.
@@ -95,13 +84,23 @@ impl Prepared {
         cgroup: &CgroupGuard,
     ) -> Result<Option<Request>, CompanionError> {
         let Some(Probe::Exec { command }) = &launch.spec.ready.probe else { return Ok(None) };
-        let mut request = self.request(self.render_all(command)?, launch, cgroup)?;
-        (request.output, request.errors) = (Output::Null, Output::Null);
-        Ok(Some(request))
+        let request = self.command_request(command, launch, cgroup)?;
+        Ok(Some(request.with_output(Output::Null, Output::Null)))
     }
 
-    fn command(&self, exec: &ExecSpec) -> Result<Vec<String>, CompanionError> {
-        self.render_all(&exec.command)
+    fn command_request(
+        &self,
+        command: &[String],
+        launch: &Launch,
+        cgroup: &CgroupGuard,
+    ) -> Result<Request, CompanionError> {
+        let command = self.render_all(command)?;
+        let program = command.first().map(PathBuf::from).unwrap_or_default();
+        if !program.is_absolute() {
+            return Err(CompanionError::RelativeProgram { program: program.display().to_string() });
+        }
+        let arguments = command.into_iter().map(OsString::from).collect();
+        self.request(Program::Path(program), arguments, launch, cgroup)
     }
 
     fn render_all(&self, command: &[String]) -> Result<Vec<String>, CompanionError> {
@@ -118,21 +117,16 @@ impl Prepared {
 
     fn request(
         &self,
-        command: Vec<String>,
+        program: Program,
+        arguments: Vec<OsString>,
         launch: &Launch,
         cgroup: &CgroupGuard,
     ) -> Result<Request, CompanionError> {
-        let program = command.first().map(PathBuf::from).unwrap_or_default();
-        if !program.is_absolute() {
-            return Err(CompanionError::RelativeProgram { program: program.display().to_string() });
-        }
         let netns = launch
             .netns
             .as_fd()
             .try_clone_to_owned()
             .map_err(|source| crate::netns::NetnsError { operation: "start a process", source })?;
-        let program = Program::Path(program);
-        let arguments = command.into_iter().map(OsString::from).collect();
         let spec = LaunchSpec {
             cgroups: [cgroup.procs_files(), self.leave.clone()].concat(),
             limits: vec![

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use crate::{
     cgroup::CgroupRoots,
     error::CompanionError,
+    launch::Launchers,
     logs::{LogHub, LogLine},
 };
 
@@ -25,7 +26,7 @@ pub struct HostConfig {
     /// Holds `companions/<workload>/<name>/`. Companions look for their files below it under their own users, so it
     /// must be searchable by all (0711).
     pub state_dir: PathBuf,
-    /// The `pillion` binary, run as `<launcher> launch` and `<launcher> relay`.
+    /// The `pillion` binary, run as `<launcher> launch` and `<launcher> companion`.
     pub launcher: PathBuf,
     /// Where cgroups are made.
     pub cgroups: CgroupRoots,
@@ -43,6 +44,7 @@ pub struct Host {
 struct Shared {
     config: HostConfig,
     logs: LogHub,
+    launchers: Launchers,
     leaving: AtomicBool,
 }
 
@@ -52,7 +54,8 @@ impl Host {
     /// dropped.
     pub fn new(config: HostConfig, logs: mpsc::Sender<LogLine>) -> Result<Self, CompanionError> {
         let logs = LogHub::spawn(logs).map_err(|source| CompanionError::Logs { source })?;
-        Ok(Self { shared: Arc::new(Shared { config, logs, leaving: AtomicBool::new(false) }) })
+        let launchers = Launchers::new(config.launcher.clone());
+        Ok(Self { shared: Arc::new(Shared { config, logs, launchers, leaving: AtomicBool::new(false) }) })
     }
 
     /// How companions are run.
@@ -64,6 +67,16 @@ impl Host {
     /// to end. Without this, a dropped companion is killed.
     pub fn leave_all(&self) {
         self.shared.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Keeps this many processes ready that can become companions: a start has one less to wait for. Must be called
+    /// within a tokio runtime.
+    pub fn keep_ready(&self, count: usize) {
+        self.shared.launchers.keep(count);
+    }
+
+    pub(crate) fn launchers(&self) -> &Launchers {
+        &self.shared.launchers
     }
 
     pub(crate) fn is_leaving(&self) -> bool {

@@ -28,7 +28,6 @@ use crate::{
     error::CompanionError,
     exec::{self, Prepared},
     host::{Host, Launch},
-    launch,
     netns::NetnsThread,
     process::{Doomed, Ending, Process},
     readiness::Candidate,
@@ -156,11 +155,10 @@ impl Installed {
         &self,
         shared: &Shared,
     ) -> Result<(Process, ReadyCompanion), CompanionError> {
-        let host = self.host.config();
         let limit = self.launch.spec.ready.timeout;
         let deadline = Instant::now() + limit;
-        let request = self.prepared().main_request(host, &self.launch, self.cgroup())?;
-        let launching = launch::spawn(&host.launcher, request).await?;
+        let request = self.prepared().main_request(&self.launch, self.cgroup())?;
+        let launching = self.host.launchers().spawn(&request).await?;
         shared.change(|record| {
             record.process = Some(launching.id());
             record.starts = record.starts.saturating_add(1);

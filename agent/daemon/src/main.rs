@@ -40,12 +40,10 @@ mod validate;
 mod views;
 mod witness;
 
-use std::{
-    io::{self, Read as _},
-    process::ExitCode,
-};
+use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
+use pillion_companion::launch;
 
 use crate::{
     cli::{Cli, Command, CompletionArgs},
@@ -53,40 +51,19 @@ use crate::{
     render::{Paint, Tone, note},
 };
 
-/// Exit code 2.
-const USAGE: u8 = 2;
 /// Exit code 4.
 const UNREACHABLE: u8 = 4;
-/// It is a few hundred bytes long.
-const LONGEST_RELAY_CONFIG: u64 = 1 << 20;
 
 fn main() -> ExitCode {
     if let Some(command) = std::env::args_os().nth(1) {
-        if command == "launch" {
-            pillion_companion::launch::main();
+        if command == launch::LAUNCH || command == launch::COMPANION {
+            return launch::main();
         }
         if command == exec_gate::COMMAND {
             return exec_gate::guardian(&std::env::args_os().skip(2).collect::<Vec<_>>());
         }
-        if command == "relay" {
-            return relay();
-        }
     }
     run(Cli::parse().command).unwrap_or_else(|error| report(&error))
-}
-
-/// The relay's configuration comes on standard input, so that it is in no process list.
-fn relay() -> ExitCode {
-    let config = io::stdin().lock().take(LONGEST_RELAY_CONFIG);
-    match serde_json::from_reader(config) {
-        Ok(config) => pillion_companion::relay::main(config),
-        Err(error) => {
-            note(format_args!(
-                "pillion relay is started by the agent, with its configuration on stdin: {error}"
-            ));
-            ExitCode::from(USAGE)
-        }
-    }
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {

@@ -8,7 +8,8 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, net::UnixStream},
     },
-    process,
+    path::Path,
+    process::ExitCode,
 };
 
 use nix::{
@@ -26,34 +27,62 @@ use nix::{
 use super::{
     handover, raw,
     spec::{
-        Identity, InputSpec, LaunchFailure, LaunchSpec, Limit, LimitKind, NamespaceSpec, ParentDeath,
-        Privileges, Program, Session,
+        Identity, InputSpec, LaunchFailure, LaunchSpec, Limit, LimitKind, NamespaceSpec, OutputSpec,
+        ParentDeath, Privileges, Program, Session,
     },
 };
-use crate::netns;
+use crate::{
+    netns,
+    relay::{self, RelayConfig},
+};
 
 /// Longer specifications are not ours. The kernel takes a few MiB of arguments; JSON of raw bytes is up to five times
 /// as long.
 const LONGEST_SPECIFICATION: u64 = 64 << 20;
 
-/// Body of the hidden `pillion launch`: becomes the program that the control socket on standard input asks for.
+/// Body of the hidden `pillion launch`: becomes what the control socket on standard input asks for.
 ///
 /// Must be called before any thread is started: namespaces, capabilities and `PR_SET_PDEATHSIG` belong to a thread.
-/// Exits with 127 when the program does not exist and with 126 when anything else fails.
-pub fn main() -> ! {
+/// Exits with 127 when the program does not exist and with 126 when anything else fails; as the relay, with its code.
+pub fn main() -> ExitCode {
     // Descriptor 0 becomes the program's standard input; the control socket must not be in its way.
     let control = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
         Ok(control) => UnixStream::from(control),
-        Err(error) => give_up(None, &failure("take the control socket", error)),
+        Err(error) => return give_up(None, &failure("take the control socket", error)),
     };
-    let outcome = run(&control);
-    match outcome {
-        Ok(never) => match never {},
+    match run(&control) {
+        Ok(Become::Relay { config, alone }) => relay(control, *config, alone),
+        Ok(Become::Nothing) => ExitCode::SUCCESS,
         Err(reason) => give_up(Some(&control), &reason),
     }
 }
 
-fn give_up(control: Option<&UnixStream>, reason: &LaunchFailure) -> ! {
+/// What is left to do when there was no exec.
+enum Become {
+    /// The parent has gone, or wants nothing.
+    Nothing,
+    /// With every other descriptor closed, or not.
+    Relay { config: Box<RelayConfig>, alone: bool },
+}
+
+/// From here on it is the relay; that the control socket closes says so.
+fn relay(control: UnixStream, config: RelayConfig, alone: bool) -> ExitCode {
+    drop(control);
+    let prepare = || {
+        if alone {
+            raw::close_all()?;
+        }
+        raw::ignore_broken_pipes()
+    };
+    if let Err(error) = prepare() {
+        return give_up(None, &failure("become the relay", error));
+    }
+    // What `ps -o comm` shows, and the kernel's messages.
+    let _ = prctl::set_name(c"pillion-relay");
+    relay::main(config)
+}
+
+fn give_up(control: Option<&UnixStream>, reason: &LaunchFailure) -> ExitCode {
     let told = control.is_some_and(|mut control| {
         let mut message = vec![b'E'];
         serde_json::to_writer(&mut message, reason).is_ok() && control.write_all(&message).is_ok()
@@ -62,15 +91,14 @@ fn give_up(control: Option<&UnixStream>, reason: &LaunchFailure) -> ! {
         // The parent has gone; whoever looks at standard error gets the reason.
         let _ = writeln!(io::stderr(), "pillion launch: {reason}");
     }
-    process::exit(reason.exit_code)
+    ExitCode::from(u8::try_from(reason.exit_code).unwrap_or(u8::MAX))
 }
 
-enum Never {}
-
-fn run(control: &UnixStream) -> Result<Never, LaunchFailure> {
-    let mut handed = handover::receive(control.as_fd())
-        .map_err(|e| failure("receive the specification (pillion launch is not for use by hand)", e))?
-        .into_iter();
+fn run(control: &UnixStream) -> Result<Become, LaunchFailure> {
+    let handed = handover::receive(control.as_fd())
+        .map_err(|e| failure("receive the specification (pillion launch is not for use by hand)", e))?;
+    let Some(handed) = handed else { return Ok(Become::Nothing) };
+    let mut handed = handed.into_iter();
     let mut next = |what: &str| handed.next().ok_or_else(|| failure(what, "the descriptor is missing"));
     let spec = read_spec(next("receive the specification")?)?;
     let namespace = if spec.namespace == NamespaceSpec::Join {
@@ -78,8 +106,10 @@ fn run(control: &UnixStream) -> Result<Never, LaunchFailure> {
     } else {
         None
     };
-    let input = if spec.input == InputSpec::Given { Some(next("receive the standard input")?) } else { None };
-    let program = if spec.program == Program::Given { Some(next("receive the program")?) } else { None };
+    let mut stream = |given: bool, what: &str| given.then(|| next(what)).transpose();
+    let input = stream(spec.input == InputSpec::Given, "receive the standard input")?;
+    let output = stream(spec.output == OutputSpec::Given, "receive the standard output")?;
+    let errors = stream(spec.errors == OutputSpec::Given, "receive the standard error")?;
 
     for file in &spec.cgroups {
         fs::write(file, "0").map_err(|e| failure(format!("join the cgroup {}", file.display()), e))?;
@@ -90,9 +120,15 @@ fn run(control: &UnixStream) -> Result<Never, LaunchFailure> {
     }
     let input = match input {
         Some(input) => input,
-        None => File::open("/dev/null").map_err(|e| failure("open /dev/null", e))?.into(),
+        None => nothing()?,
     };
     rustix::stdio::dup2_stdin(input).map_err(|e| failure("set the standard input", e))?;
+    if let Some(output) = output_of(spec.output, output)? {
+        rustix::stdio::dup2_stdout(output).map_err(|e| failure("set the standard output", e))?;
+    }
+    if let Some(errors) = output_of(spec.errors, errors)? {
+        rustix::stdio::dup2_stderr(errors).map_err(|e| failure("set the standard error", e))?;
+    }
     if let Some(directory) = &spec.directory {
         unistd::chdir(directory).map_err(|e| failure(format!("enter {}", directory.display()), e))?;
     }
@@ -114,7 +150,7 @@ fn run(control: &UnixStream) -> Result<Never, LaunchFailure> {
     if let Some(parent_death) = spec.parent_death {
         follow_parent(parent_death)?;
     }
-    if spec.close_descriptors {
+    if spec.close_descriptors && matches!(spec.program, Program::Path(_)) {
         raw::close_all_on_exec().map_err(|e| failure("mark descriptors close-on-exec", e))?;
     }
     raw::reset_signals(spec.reset_signals).map_err(|e| failure("reset signals", e))?;
@@ -122,7 +158,24 @@ fn run(control: &UnixStream) -> Result<Never, LaunchFailure> {
     if spec.gate {
         wait_at_gate(control)?;
     }
-    execute(&spec, program)
+    match &spec.program {
+        Program::Path(path) => Err(execute(&spec, path)),
+        Program::Relay(config) => Ok(Become::Relay { config: config.clone(), alone: spec.close_descriptors }),
+    }
+}
+
+fn nothing() -> Result<OwnedFd, LaunchFailure> {
+    let nothing = File::options().read(true).write(true).open("/dev/null");
+    nothing.map(OwnedFd::from).map_err(|e| failure("open /dev/null", e))
+}
+
+/// What takes the place of the launcher's own, if anything.
+fn output_of(what: OutputSpec, given: Option<OwnedFd>) -> Result<Option<OwnedFd>, LaunchFailure> {
+    match what {
+        OutputSpec::Keep => Ok(None),
+        OutputSpec::Null => nothing().map(Some),
+        OutputSpec::Given => Ok(given),
+    }
 }
 
 fn read_spec(file: OwnedFd) -> Result<LaunchSpec, LaunchFailure> {
@@ -216,40 +269,32 @@ fn wait_at_gate(mut control: &UnixStream) -> Result<(), LaunchFailure> {
     }
 }
 
-fn execute(spec: &LaunchSpec, given: Option<OwnedFd>) -> Result<Never, LaunchFailure> {
+/// Returns only when it cannot.
+fn execute(spec: &LaunchSpec, program: &Path) -> LaunchFailure {
     let terminated = |text: &OsStr| {
         CString::new(text.as_bytes()).map_err(|e| failure(format!("pass {} on", text.display()), e))
     };
-    let arguments = spec.arguments.iter().map(|a| terminated(a)).collect::<Result<Vec<_>, _>>()?;
-    let environment = spec
-        .environment
-        .iter()
-        .map(|(name, value)| {
-            let mut entry = OsString::from(name);
-            entry.push("=");
-            entry.push(value);
-            terminated(&entry)
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    let (result, name) = match (&spec.program, given) {
-        (Program::Path(path), _) => {
-            (unistd::execve(&terminated(path.as_os_str())?, &arguments, &environment), path.as_os_str())
-        }
-        (Program::Search(name), _) => {
-            (unistd::execvpe(&terminated(name)?, &arguments, &environment), name.as_os_str())
-        }
-        (Program::Given, Some(file)) => (
-            unistd::execveat(file, c"", &arguments, &environment, nix::fcntl::AtFlags::AT_EMPTY_PATH),
-            OsStr::new("the given program"),
-        ),
-        (Program::Given, None) => (Err(Errno::EBADF), OsStr::new("the given program")),
+    let entry = |(name, value): &(OsString, OsString)| {
+        let mut entry = name.clone();
+        entry.push("=");
+        entry.push(value);
+        terminated(&entry)
     };
-    let Err(error) = result;
-    let mut reason = failure(format!("execute {}", name.display()), error);
+    let prepared = || {
+        let arguments = spec.arguments.iter().map(|a| terminated(a)).collect::<Result<Vec<_>, _>>()?;
+        let environment = spec.environment.iter().map(entry).collect::<Result<Vec<_>, _>>()?;
+        Ok((terminated(program.as_os_str())?, arguments, environment))
+    };
+    let (path, arguments, environment) = match prepared() {
+        Ok(prepared) => prepared,
+        Err(reason) => return reason,
+    };
+    let Err(error) = unistd::execve(&path, &arguments, &environment);
+    let mut reason = failure(format!("execute {}", program.display()), error);
     if error == Errno::ENOENT {
         reason.exit_code = 127;
     }
-    Err(reason)
+    reason
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "callers hand over the error of a result")]

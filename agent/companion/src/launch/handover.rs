@@ -15,8 +15,8 @@ use rustix::{
     },
 };
 
-/// Specification, network namespace, standard input, program.
-const MOST_DESCRIPTORS: usize = 4;
+/// Specification, network namespace, standard input, output and error.
+const MOST_DESCRIPTORS: usize = 5;
 const START: u8 = b'S';
 
 /// Never blocks on a fresh socket: one byte and a few descriptors fit its buffer.
@@ -30,7 +30,8 @@ pub(super) fn send(socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io
     Ok(())
 }
 
-pub(super) fn receive(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
+/// Waits for the message; `None` when the other end has gone without one.
+pub(super) fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Vec<OwnedFd>>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
@@ -42,14 +43,17 @@ pub(super) fn receive(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
             descriptors.extend(rights);
         }
     }
+    if message.bytes == 0 && descriptors.is_empty() {
+        return Ok(None);
+    }
     if message.bytes != 1 || byte != [START] || message.flags.contains(ReturnFlags::CTRUNC) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "not a launch message"));
     }
-    Ok(descriptors)
+    Ok(Some(descriptors))
 }
 
 /// A sealed memory file: whoever reads it gets exactly these bytes.
-pub(crate) fn memory_file(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
+pub(super) fn memory_file(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
     let mut file = File::from(memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
     file.write_all(content)?;
     file.rewind()?;

@@ -2,16 +2,18 @@
 //!
 //! A multi-threaded parent may do almost nothing between fork and exec, so the agent starts `pillion launch` with
 //! plain `posix_spawn`, and that process, alone with one thread, joins cgroups, enters the network namespace, drops
-//! privileges and replaces itself by the program. The pid stays the same all the way.
+//! privileges and becomes the program: by an exec, or, when it is the embedded relay, by calling it. The pid stays the
+//! same all the way. Companions' launchers are started as `pillion companion`, which is what a process list shows of a
+//! relay; some of them are started ahead of need (`pool`).
 //!
 //! # How it is told
 //! Its standard input is one end of a Unix socket pair, the *control socket*. No descriptor is inherited by number:
 //! `dup2` to 0, 1 and 2 is what spawning does anyway, every other descriptor of the agent is close-on-exec, and what
 //! the launcher needs beyond that travels as `SCM_RIGHTS` over the control socket, so that no concurrently spawned
-//! process can ever inherit it. The parent writes one message before it spawns:
+//! process can ever inherit it. The parent writes one message; a launcher whose parent goes without one ends:
 //!
 //! 1. the byte `S` with descriptors: a memfd with the [`LaunchSpec`] as JSON, then, in this order and only if the
-//!    specification says so, the network namespace, the program's standard input, the program.
+//!    specification says so, the network namespace, the program's standard input, output and error.
 //!
 //! The launcher answers on the same socket, which is close-on-exec:
 //!
@@ -22,13 +24,19 @@
 mod child;
 mod handover;
 mod parent;
+mod pool;
 mod raw;
 mod spec;
 
+/// The hidden command by which a launcher is started.
+pub const LAUNCH: &str = "launch";
+/// The same for companions: whoever looks at the processes of a machine sees what a relay is for.
+pub const COMPANION: &str = "companion";
+
 pub use child::main;
-pub(crate) use handover::memory_file;
 pub use parent::{Held, LaunchError, Launching, Output, Request, spawn};
+pub(crate) use pool::Launchers;
 pub use spec::{
-    Identity, InputSpec, LaunchFailure, LaunchSpec, Limit, LimitKind, NamespaceSpec, ParentDeath, Privileges,
-    Program, Session,
+    Identity, InputSpec, LaunchFailure, LaunchSpec, Limit, LimitKind, NamespaceSpec, OutputSpec, ParentDeath,
+    Privileges, Program, Session,
 };

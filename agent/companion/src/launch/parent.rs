@@ -22,8 +22,8 @@ use tokio::{
 };
 
 use super::{
-    handover,
-    spec::{InputSpec, LaunchFailure, LaunchSpec, NamespaceSpec, Program},
+    LAUNCH, handover,
+    spec::{InputSpec, LaunchFailure, LaunchSpec, NamespaceSpec, OutputSpec},
 };
 use crate::process::{Doomed, Ending, Process, ProcessError};
 
@@ -91,12 +91,19 @@ pub enum Output {
     Given(OwnedFd),
 }
 
-impl From<Output> for Stdio {
-    fn from(output: Output) -> Self {
-        match output {
-            Output::Inherit => Self::inherit(),
-            Output::Null => Self::null(),
-            Output::Given(descriptor) => Self::from(descriptor),
+impl Output {
+    fn spec(&self) -> OutputSpec {
+        match self {
+            Self::Inherit => OutputSpec::Keep,
+            Self::Null => OutputSpec::Null,
+            Self::Given(_) => OutputSpec::Given,
+        }
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Inherit | Self::Null => None,
+            Self::Given(descriptor) => Some(descriptor.as_fd()),
         }
     }
 }
@@ -104,28 +111,18 @@ impl From<Output> for Stdio {
 /// A program to launch: the specification and the descriptors that go with it.
 #[derive(Debug)]
 pub struct Request {
-    /// All but descriptors. The three fields that announce descriptors are set by the methods of this type.
-    pub spec: LaunchSpec,
-    /// Standard output.
-    pub output: Output,
-    /// Standard error.
-    pub errors: Output,
+    /// All but descriptors. What it says of namespace and streams is set by the methods of this type.
+    spec: LaunchSpec,
+    output: Output,
+    errors: Output,
     namespace: Option<OwnedFd>,
     input: Option<OwnedFd>,
-    program: Option<OwnedFd>,
 }
 
 impl Request {
     /// Nothing is changed but the program, unless the specification says so.
     pub fn new(spec: LaunchSpec) -> Self {
-        Self {
-            spec,
-            output: Output::Inherit,
-            errors: Output::Inherit,
-            namespace: None,
-            input: None,
-            program: None,
-        }
+        Self { spec, output: Output::Inherit, errors: Output::Inherit, namespace: None, input: None }
     }
 
     /// Runs in this network namespace.
@@ -144,52 +141,72 @@ impl Request {
         self
     }
 
-    /// Runs the program in this file, which may be where the program's user may not look.
+    /// Writes its standard output and error there.
     #[must_use]
-    pub fn with_program(mut self, program: OwnedFd) -> Self {
-        self.spec.program = Program::Given;
-        self.program = Some(program);
+    pub fn with_output(mut self, output: Output, errors: Output) -> Self {
+        (self.spec.output, self.spec.errors) = (output.spec(), errors.spec());
+        (self.output, self.errors) = (output, errors);
         self
     }
 
-    fn descriptors<'a>(&'a self, specification: &'a OwnedFd) -> Vec<BorrowedFd<'a>> {
-        let wanted = [
-            (true, Some(specification)),
-            (self.spec.namespace == NamespaceSpec::Join, self.namespace.as_ref()),
-            (self.spec.input == InputSpec::Given, self.input.as_ref()),
-            (self.spec.program == Program::Given, self.program.as_ref()),
+    /// Tells a launcher at the other end of this socket.
+    fn send(&self, control: &StdUnixStream) -> io::Result<()> {
+        let specification = handover::memory_file("pillion-launch", &serde_json::to_vec(&self.spec)?)?;
+        let given = [
+            Some(specification.as_fd()),
+            self.namespace.as_ref().map(AsFd::as_fd),
+            self.input.as_ref().map(AsFd::as_fd),
+            self.output.descriptor(),
+            self.errors.descriptor(),
         ];
-        wanted.into_iter().filter(|(wanted, _)| *wanted).filter_map(|(_, fd)| fd.map(AsFd::as_fd)).collect()
+        handover::send(control.as_fd(), &given.into_iter().flatten().collect::<Vec<_>>())
     }
 }
 
 /// Starts `<launcher> launch` with this request. Dropping the result kills it.
 pub async fn spawn(launcher: &Path, request: Request) -> Result<Launching, LaunchError> {
-    let control = |source| LaunchError::Control { source };
-    let (ours, theirs) = StdUnixStream::pair().map_err(control)?;
-    let json = serde_json::to_vec(&request.spec).map_err(|error| control(error.into()))?;
-    let specification = handover::memory_file("pillion-launch", &json).map_err(control)?;
-    handover::send(ours.as_fd(), &request.descriptors(&specification)).map_err(control)?;
-    ours.set_nonblocking(true).map_err(control)?;
-    let ours = UnixStream::from_std(ours).map_err(control)?;
+    Waiting::start(launcher, LAUNCH, Stdio::inherit).await?.launch(&request)
+}
 
-    let mut command = Command::new(launcher);
-    command
-        .arg("launch")
-        .env_clear()
-        .stdin(OwnedFd::from(theirs))
-        .stdout(request.output)
-        .stderr(request.errors);
-    // For the search of the program; all else is in the specification.
-    if let Some((name, path)) = request.spec.environment.iter().find(|(name, _)| name == "PATH") {
-        command.env(name, path);
+/// A launcher that has not been told yet what to become. Dropping it kills it; so does the end of this process.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    process: Doomed,
+    control: StdUnixStream,
+}
+
+impl Waiting {
+    /// Starts it by this command, with these output and error streams until it is told of others.
+    pub(super) async fn start(
+        launcher: &Path,
+        command: &str,
+        streams: impl Fn() -> Stdio,
+    ) -> Result<Self, LaunchError> {
+        let (control, theirs) = StdUnixStream::pair().map_err(|source| LaunchError::Control { source })?;
+        let mut program = Command::new(launcher);
+        program.arg(command).env_clear().stdin(OwnedFd::from(theirs)).stdout(streams()).stderr(streams());
+        let spawned = spawn_on_lasting_thread(program)
+            .await
+            .map_err(|source| LaunchError::Spawn { launcher: launcher.to_owned(), source })?;
+        let process = Doomed::new(Process::child(spawned.pid())?);
+        spawned.release();
+        Ok(Self { process, control })
     }
-    let spawned = spawn_on_lasting_thread(command)
-        .await
-        .map_err(|source| LaunchError::Spawn { launcher: launcher.to_owned(), source })?;
-    let process = Doomed::new(Process::child(spawned.pid())?);
-    spawned.release();
-    Ok(Launching { process, control: ours })
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.process.get().has_ended()
+    }
+
+    /// Tells it.
+    pub(super) fn launch(self, request: &Request) -> Result<Launching, LaunchError> {
+        let Self { process, control } = self;
+        let tell = || {
+            request.send(&control)?;
+            control.set_nonblocking(true)?;
+            UnixStream::from_std(control)
+        };
+        Ok(Launching { process, control: tell().map_err(|source| LaunchError::Control { source })? })
+    }
 }
 
 /// A launcher on its way.

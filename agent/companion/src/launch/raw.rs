@@ -1,4 +1,4 @@
-//! The two system calls of the launcher that need `unsafe`. Owns nothing, decides nothing.
+//! The system calls of the launcher that need `unsafe`. Owns nothing, decides nothing.
 
 #![expect(
     unsafe_code,
@@ -15,6 +15,21 @@ pub(super) fn close_all_on_exec() -> io::Result<()> {
     // descriptor of this process becomes dangling. close_range has no wrapper in every supported C library.
     let result = unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Closes every descriptor above 2 (Linux 5.9). To be called when this process owns none of them.
+pub(super) fn close_all() -> io::Result<()> {
+    // SAFETY: the call takes plain integers. The caller owns no descriptor above 2 any more, so that what is closed has
+    // been inherited from the launcher's parent and belongs to no value of this process.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Ignores SIGPIPE, as Rust's runtime does for a program that it has started.
+pub(super) fn ignore_broken_pipes() -> io::Result<()> {
+    // SAFETY: SIG_IGN installs no handler, so that no code of ours can run in signal context.
+    let previous = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    if previous == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Sets SIGPIPE, which Rust's runtime ignores, or every signal back to its default.

@@ -4,6 +4,8 @@ use std::{ffi::OsString, fmt, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::relay::RelayConfig;
+
 /// What to do before the exec, in the order of the fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -14,8 +16,12 @@ pub struct LaunchSpec {
     pub namespace: NamespaceSpec,
     /// Resource limits.
     pub limits: Vec<Limit>,
-    /// Standard input of the program. Output and errors are those of the launcher.
+    /// Standard input of the program.
     pub input: InputSpec,
+    /// Standard output.
+    pub output: OutputSpec,
+    /// Standard error.
+    pub errors: OutputSpec,
     /// Working directory, entered before privileges are dropped; the launcher's own when absent.
     pub directory: Option<PathBuf>,
     /// Session or process group.
@@ -28,7 +34,7 @@ pub struct LaunchSpec {
     pub privileges: Privileges,
     /// A signal when the parent dies.
     pub parent_death: Option<ParentDeath>,
-    /// Every descriptor above 2 is closed by the exec (Linux 5.11). Else those that the agent itself has inherited stay
+    /// Every descriptor above 2 is closed (Linux 5.11). Else those that the agent itself has inherited stay
     /// open; its own are close-on-exec in any case.
     pub close_descriptors: bool,
     /// Every signal back to its default; else only SIGPIPE, which the launcher itself had changed. The signal mask is
@@ -36,7 +42,7 @@ pub struct LaunchSpec {
     pub reset_signals: bool,
     /// Wait for the parent before the exec.
     pub gate: bool,
-    /// What to execute.
+    /// What to become.
     pub program: Program,
     /// Arguments; the first is the name under which the program runs.
     pub arguments: Vec<OsString>,
@@ -52,6 +58,8 @@ impl LaunchSpec {
             namespace: NamespaceSpec::Keep,
             limits: Vec::new(),
             input: InputSpec::Null,
+            output: OutputSpec::Keep,
+            errors: OutputSpec::Keep,
             directory: None,
             session: Session::Keep,
             umask: None,
@@ -84,6 +92,18 @@ pub enum NamespaceSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InputSpec {
+    /// `/dev/null`.
+    Null,
+    /// A descriptor that was handed over.
+    Given,
+}
+
+/// Standard output or error of the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputSpec {
+    /// The launcher's.
+    Keep,
     /// `/dev/null`.
     Null,
     /// A descriptor that was handed over.
@@ -157,16 +177,15 @@ pub struct ParentDeath {
     pub parent: i32,
 }
 
-/// What to execute.
+/// What to become.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Program {
-    /// An absolute path.
+    /// The program at an absolute path, by an exec.
     Path(PathBuf),
-    /// A name to be searched in `PATH` as a shell does, or a path.
-    Search(OsString),
-    /// A descriptor that was handed over: works where the program's user may not search the program's directory.
-    Given,
+    /// The embedded relay, without an exec: it is in this binary. What the launcher was started with stays in its
+    /// process list, and it is not dumpable (prctl(2), `PR_SET_DUMPABLE`), as after any change of user.
+    Relay(Box<RelayConfig>),
 }
 
 /// Why the program does not run.
@@ -200,6 +219,8 @@ mod tests {
             namespace: NamespaceSpec::New,
             limits: vec![Limit { kind: LimitKind::Core, soft: Some(0), hard: None }],
             input: InputSpec::Given,
+            output: OutputSpec::Null,
+            errors: OutputSpec::Given,
             directory: None,
             session: Session::Session,
             umask: Some(0o027),
@@ -209,7 +230,7 @@ mod tests {
             close_descriptors: true,
             reset_signals: true,
             gate: true,
-            program: Program::Search(OsString::from_vec(vec![0xff])),
+            program: Program::Path(OsString::from_vec(vec![b'/', 0xff]).into()),
             arguments: vec![OsString::from_vec(vec![b'a', 0xfe])],
             environment: vec![("A".into(), OsString::from_vec(vec![0xfd]))],
         };

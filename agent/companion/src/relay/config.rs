@@ -17,7 +17,7 @@ const LONGEST_MS: u64 = 86_400_000;
 /// `sun_path` of unix(7), less the terminating zero.
 const LONGEST_SOCKET_PATH: usize = 107;
 
-/// Configuration of one relay process; its JSON form is what `pillion relay` receives.
+/// Configuration of one relay process; its JSON form is part of what its launcher is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RelayConfig {

@@ -85,8 +85,8 @@ const OTHER_DESCRIPTORS: u64 = 32;
 /// At the end, stdout gets this long to take the records that still wait.
 const LAST_RECORDS: Duration = Duration::from_secs(1);
 
-/// The hidden `pillion relay`: relays until it is told to stop. To be called before any thread exists, because it
-/// blocks SIGTERM for the process. SIGPIPE is ignored already by every Rust program.
+/// What `pillion companion` becomes for `builtin: relay`: relays until it is told to stop. To be called before any thread
+/// exists, because it blocks SIGTERM for the process, and with SIGPIPE ignored.
 ///
 /// Exits with 0 after a drain, 1 when it cannot start or fails (the cause is on stderr), 2 when `config` is invalid.
 pub fn main(config: RelayConfig) -> ExitCode {

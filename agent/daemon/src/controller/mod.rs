@@ -55,6 +55,8 @@ use crate::{
 const LEAVE_LIMIT: Duration = Duration::from_secs(3);
 /// Instances of the inbound program that are kept ready, for workloads that start at once.
 const INBOUND_READY: usize = 2;
+/// Processes that are kept ready to become companions. Each has 0.3 MB of its own.
+const COMPANIONS_READY: usize = 2;
 /// What needs an operator and has no workload of its own; the oldest go first.
 const MAX_PROBLEMS: usize = 64;
 
@@ -184,7 +186,7 @@ impl Controller {
         };
         self.note(EventKind::PolicyLoaded, message);
         self.policies = Some(policies);
-        self.prepare_inbound();
+        self.prepare();
         for id in self.workloads.keys().cloned().collect::<Vec<_>>() {
             self.decide(&id);
             self.reconcile(&id);
@@ -200,10 +202,14 @@ impl Controller {
         }
     }
 
-    /// Loading the inbound program takes milliseconds: not when a workload waits for it.
-    fn prepare_inbound(&self) {
-        let mut policies = self.policies.iter().flat_map(PolicySet::policies);
-        if policies.any(|policy| !policy.plan().redirect.inbound.is_empty()) {
+    /// Loading the inbound program and starting a process take milliseconds: not when a workload waits for them.
+    fn prepare(&self) {
+        let any = |of: fn(&Plan) -> bool| {
+            self.policies.iter().flat_map(PolicySet::policies).any(|policy| of(policy.plan()))
+        };
+        let companions = any(|plan| !plan.companions.is_empty());
+        self.node.host.keep_ready(if companions { COMPANIONS_READY } else { 0 });
+        if any(|plan| !plan.redirect.inbound.is_empty()) {
             let dataplane = self.node.dataplane.clone();
             tokio::task::spawn_blocking(move || {
                 if let Err(error) = dataplane.prepare_inbound(INBOUND_READY) {

@@ -28,7 +28,7 @@ impl Controller {
             entry.failure = None;
             self.metrics.attach_seconds.observe(took.as_secs_f64());
             // In place of the one that was taken.
-            self.prepare_inbound();
+            self.prepare();
         }
         self.tell(&id, &happening, &state, &policy, ending);
         let is_degraded = is_degraded(Some(&state));
