@@ -13,7 +13,7 @@ use pillion_runtime::{Gatekeeper, HookGate, SourceName};
 use pillion_workload::RuntimeKind;
 use prometheus_client::registry::Registry;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
     task::JoinHandle,
     time::{MissedTickBehavior, interval, timeout},
@@ -65,6 +65,8 @@ pub(crate) fn main(config: AgentConfig) -> anyhow::Result<ExitCode> {
 
 /// Builds every part and runs until SIGTERM or SIGINT. Attachments stay in force afterwards.
 pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
+    // First of all: a signal that comes during the start must not end the agent half way.
+    let signals = Signals::catch()?;
     let notifier = Notifier::from_environment();
     let stop = CancellationToken::new();
 
@@ -152,7 +154,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     info!(socket = %config.admin_socket().display(), "the agent is up");
     tokio::spawn(memory::give_back_the_beginnings());
 
-    let ended = wait(&notifier, &admin, &loads, controller, &stop).await;
+    let ended = wait(signals, &notifier, &admin, &loads, controller, &stop).await;
     drop(runtime_events);
     // They pass on what the controller has answered at its end.
     let _ = timeout(END_LIMIT, futures(gates)).await;
@@ -260,17 +262,33 @@ struct Listeners {
     health: Option<Listener>,
 }
 
+/// What an agent is told by signals. One that came before it is waited for is not lost.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn catch() -> anyhow::Result<Self> {
+        let catch = |kind| signal(kind).context("cannot catch signals");
+        Ok(Self {
+            terminate: catch(SignalKind::terminate())?,
+            interrupt: catch(SignalKind::interrupt())?,
+            hangup: catch(SignalKind::hangup())?,
+        })
+    }
+}
+
 /// Waits for a signal to end; reloads on SIGHUP; tells systemd that the controller answers.
 async fn wait(
+    mut signals: Signals,
     notifier: &Notifier,
     admin: &Admin,
     loads: &mpsc::Sender<LoadNow>,
     mut controller: JoinHandle<()>,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
     let mut watchdog = notify::watchdog_interval().map(|period| {
         let mut ticks = interval(period);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -278,9 +296,9 @@ async fn wait(
     });
     loop {
         tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            _ = hangup.recv() => {
+            _ = signals.terminate.recv() => break,
+            _ = signals.interrupt.recv() => break,
+            _ = signals.hangup.recv() => {
                 notifier.reloading();
                 let (asker, taken) = tokio::sync::oneshot::channel();
                 // A full queue means that a reload is about to happen anyway.
