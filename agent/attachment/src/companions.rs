@@ -19,6 +19,7 @@ use crate::{
     ports::Resolved,
     report::Happening,
     slot::{Slot, Stage},
+    state::State,
 };
 
 /// What a start may take beyond the companion's own readiness timeout.
@@ -116,7 +117,10 @@ impl<M: Machinery> Driver<M> {
             slot.proof = Some(ready);
             Ok(())
         };
-        self.save().await;
+        // The last one that was waited for: what follows is recorded with it.
+        if !matches!(self.kept.state, State::Starting) || self.kept.slots.iter().any(|slot| !slot.tried) {
+            self.save().await;
+        }
         match connected {
             Ok(()) => {
                 self.refresh()?;

@@ -129,6 +129,10 @@ impl<M: Machinery> Driver<M> {
             // Before anything that would outlive us: what cannot be recorded could never be taken back.
             let saved = self.ledger.save(self.record()).await;
             saved.map_err(|error| Fault(format!("cannot write the journal: {error}")))?;
+            if !self.kept.slots.is_empty() {
+                // The first companion starts while redirection comes into force.
+                self.advance().await?;
+            }
         }
         self.close_first().await?;
         self.report(Happening::Started).await;

@@ -100,7 +100,7 @@ impl Prepared {
             return Err(CompanionError::RelativeProgram { program: program.display().to_string() });
         }
         let arguments = command.into_iter().map(OsString::from).collect();
-        self.request(Program::Path(program), arguments, launch, cgroup)
+        self.request(Program::Path(program.into()), arguments, launch, cgroup)
     }
 
     fn render_all(&self, command: &[String]) -> Result<Vec<String>, CompanionError> {

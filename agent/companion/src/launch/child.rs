@@ -8,7 +8,6 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, net::UnixStream},
     },
-    path::Path,
     process::ExitCode,
 };
 
@@ -65,21 +64,20 @@ enum Become {
     Relay { config: Box<RelayConfig>, alone: bool },
 }
 
-/// From here on it is the relay; that the control socket closes says so.
+/// The control socket closes when the relay listens: the parent need not ask in vain whether it is ready.
 fn relay(control: UnixStream, config: RelayConfig, alone: bool) -> ExitCode {
-    drop(control);
     let prepare = || {
         if alone {
-            raw::close_all()?;
+            raw::close_all_but(control.as_fd())?;
         }
         raw::ignore_broken_pipes()
     };
     if let Err(error) = prepare() {
-        return give_up(None, &failure("become the relay", error));
+        return give_up(Some(&control), &failure("become the relay", error));
     }
     // What `ps -o comm` shows, and the kernel's messages.
     let _ = prctl::set_name(c"pillion-relay");
-    relay::main(config)
+    relay::main(config, || drop(control))
 }
 
 fn give_up(control: Option<&UnixStream>, reason: &LaunchFailure) -> ExitCode {
@@ -270,7 +268,7 @@ fn wait_at_gate(mut control: &UnixStream) -> Result<(), LaunchFailure> {
 }
 
 /// Returns only when it cannot.
-fn execute(spec: &LaunchSpec, program: &Path) -> LaunchFailure {
+fn execute(spec: &LaunchSpec, program: &OsStr) -> LaunchFailure {
     let terminated = |text: &OsStr| {
         CString::new(text.as_bytes()).map_err(|e| failure(format!("pass {} on", text.display()), e))
     };
@@ -283,7 +281,7 @@ fn execute(spec: &LaunchSpec, program: &Path) -> LaunchFailure {
     let prepared = || {
         let arguments = spec.arguments.iter().map(|a| terminated(a)).collect::<Result<Vec<_>, _>>()?;
         let environment = spec.environment.iter().map(entry).collect::<Result<Vec<_>, _>>()?;
-        Ok((terminated(program.as_os_str())?, arguments, environment))
+        Ok((terminated(program)?, arguments, environment))
     };
     let (path, arguments, environment) = match prepared() {
         Ok(prepared) => prepared,

@@ -19,7 +19,7 @@
 //!
 //! 2. with a gate: the byte `H` when all is done but the exec. It then reads one byte; `G` releases it, and the end of
 //!    the stream (the parent has gone) ends it without an exec.
-//! 3. end of stream: the program runs. Or the byte `E` and a [`LaunchFailure`] as JSON: it does not.
+//! 3. end of stream: the program runs, the relay listens. Or the byte `E` and a [`LaunchFailure`] as JSON: it does not.
 
 mod child;
 mod handover;

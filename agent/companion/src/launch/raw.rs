@@ -5,7 +5,10 @@
     reason = "close_range(2) and signal(2) have no safe wrapper in the crates that we use"
 )]
 
-use std::io;
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+};
 
 use nix::errno::Errno;
 
@@ -17,12 +20,21 @@ pub(super) fn close_all_on_exec() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Closes every descriptor above 2 (Linux 5.9). To be called when this process owns none of them.
-pub(super) fn close_all() -> io::Result<()> {
-    // SAFETY: the call takes plain integers. The caller owns no descriptor above 2 any more, so that what is closed has
-    // been inherited from the launcher's parent and belongs to no value of this process.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+/// Closes every descriptor above 2 but this one (Linux 5.9). To be called when this process owns no other.
+pub(super) fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<()> {
+    let kept = u32::try_from(kept.as_raw_fd()).map_err(io::Error::other)?;
+    for (first, last) in [(3, kept.saturating_sub(1)), (kept.max(2) + 1, u32::MAX)] {
+        if first > last {
+            continue;
+        }
+        // SAFETY: the call takes plain integers. The caller owns no other descriptor above 2, so that what is closed has
+        // been inherited from the launcher's parent and belongs to no value of this process.
+        let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Ignores SIGPIPE, as Rust's runtime does for a program that it has started.

@@ -181,8 +181,8 @@ pub struct ParentDeath {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Program {
-    /// The program at an absolute path, by an exec.
-    Path(PathBuf),
+    /// The program at an absolute path, which need not be text, by an exec.
+    Path(OsString),
     /// The embedded relay, without an exec: it is in this binary. What the launcher was started with stays in its
     /// process list, and it is not dumpable (prctl(2), `PR_SET_DUMPABLE`), as after any change of user.
     Relay(Box<RelayConfig>),
@@ -230,7 +230,7 @@ mod tests {
             close_descriptors: true,
             reset_signals: true,
             gate: true,
-            program: Program::Path(OsString::from_vec(vec![b'/', 0xff]).into()),
+            program: Program::Path(OsString::from_vec(vec![b'/', 0xff])),
             arguments: vec![OsString::from_vec(vec![b'a', 0xfe])],
             environment: vec![("A".into(), OsString::from_vec(vec![0xfd]))],
         };

@@ -88,9 +88,9 @@ const LAST_RECORDS: Duration = Duration::from_secs(1);
 /// What `pillion companion` becomes for `builtin: relay`: relays until it is told to stop. To be called before any thread
 /// exists, because it blocks SIGTERM for the process, and with SIGPIPE ignored.
 ///
-/// Exits with 0 after a drain, 1 when it cannot start or fails (the cause is on stderr), 2 when `config` is invalid.
-pub fn main(config: RelayConfig) -> ExitCode {
-    match run(config) {
+/// `listening` is called when it can be connected to. Exits with 0 after a drain, 1 when it cannot start or fails (the cause is on stderr), 2 when `config` is invalid.
+pub fn main(config: RelayConfig, listening: impl FnOnce()) -> ExitCode {
+    match run(config, listening) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nobody is left to tell when stderr does not take it either.
@@ -125,7 +125,7 @@ impl RelayError {
 }
 
 /// Builds every part, in order, and runs the loop.
-fn run(config: RelayConfig) -> Result<(), RelayError> {
+fn run(config: RelayConfig, listening: impl FnOnce()) -> Result<(), RelayError> {
     config.validate()?;
     let stop = stop_requests().map_err(RelayError::system("receive signals"))?;
     let limits = Limits {
@@ -141,6 +141,7 @@ fn run(config: RelayConfig) -> Result<(), RelayError> {
             .map_err(|(address, source)| RelayError::Listen { address, source: source.into() })?;
         listeners.extend(found);
     }
+    listening();
     let (metrics, registry) = Metrics::new();
     if let Some(path) = config.metrics_socket {
         metrics::serve(&path, registry).map_err(|source| RelayError::Metrics { path, source })?;

@@ -237,7 +237,7 @@ impl Stage {
                 parent: i32::try_from(std::process::id())?,
             }),
             gate: true,
-            ..LaunchSpec::new(Program::Path(self.program.clone()), arguments, environment)
+            ..LaunchSpec::new(Program::Path(self.program.clone().into()), arguments, environment)
         };
         scene.cgroup = Some(cgroup);
         let input: OwnedFd =
