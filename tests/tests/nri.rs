@@ -447,3 +447,63 @@ fn fifty_pods_at_once_are_all_captured_by_containerd_1_7() -> Result<()> {
 fn fifty_pods_at_once_are_all_captured_by_containerd_2() -> Result<()> {
     many("sid")
 }
+
+/// Nobody tells the agent which workload a container is whose pod has no cgroup of its own.
+fn unanswered(version: &'static str) -> Result<()> {
+    on_machine(|machine| {
+        let mut stage = Stage::new(machine, version)?;
+        let nowhere = machine.directory().join("no-containerd.sock");
+        let nowhere = nowhere.to_str().context("UTF-8")?;
+        stage.agent = Agent::beside(machine, nowhere, stage.lab.value("NRI_SOCKET")?)?;
+        for app in ["open", "closed"] {
+            let relay = "{ name: r, builtin: relay, stopGrace: 1s }";
+            stage.agent.policy(&format!("{app}.yaml"), &policy(app, app, relay, "", app))?;
+        }
+        stage.agent.run()?;
+        stage.agent.until_status("a registered gate", |status| source(status, "nri") == "up")?;
+        stage.agent.until_status("policies", |status| status["policies"]["generation"] != 0)?;
+        for (app, kind) in [("open", Some("admittedOpen")), ("closed", Some("refused")), ("other", None)] {
+            let labels = [("app", app)];
+            let spec = PodSpec { name: app, labels: &labels, shared_cgroup: true, ..PodSpec::default() };
+            let pod = stage.pods.run(&spec)?;
+            let container = pod.create("app", &connect())?;
+            let begun = Instant::now();
+            let started = pod.start(&container);
+            let took = begun.elapsed();
+            ensure!(took < REQUEST_TIMEOUT, "{app}: an answer after {took:?} comes too late");
+            match (app, started) {
+                ("closed", Err(error)) => {
+                    let error = error.to_string();
+                    for word in ["pillion: ", "policy closed", &container, "containerd did not tell in time"]
+                    {
+                        ensure!(error.contains(word), "no {word:?} in: {error}");
+                    }
+                }
+                ("open" | "other", Ok(())) => assert_eq!(pod.exit_code(&container)?, 0, "{app}"),
+                (_, started) => anyhow::bail!("{app}: {started:?}"),
+            }
+            let events = stage.agent.cli(&["events", "-o", "json"])?.success()?.stdout;
+            let told = events.lines().filter(|line| line.contains(&container));
+            let told: Vec<Value> = told.map(serde_json::from_str).collect::<Result<_, _>>()?;
+            let kinds: Vec<&str> = told.iter().filter_map(|event| event["kind"].as_str()).collect();
+            assert_eq!(kinds, kind.into_iter().collect::<Vec<_>>(), "{app}: {events}");
+            assert!(told.iter().all(|event| event["gate"] == "nri" && event["policy"] == app), "{told:?}");
+            pod.delete()?;
+        }
+        // The gate is still there: no answer was too late.
+        assert_eq!(source(&stage.agent.status()?, "nri"), "up");
+        stage.end()
+    })
+}
+
+#[test]
+fn a_container_that_cannot_be_identified_is_refused_where_a_closed_policy_may_select_it_by_containerd_1_7()
+-> Result<()> {
+    unanswered("trixie")
+}
+
+#[test]
+fn a_container_that_cannot_be_identified_is_refused_where_a_closed_policy_may_select_it_by_containerd_2()
+-> Result<()> {
+    unanswered("sid")
+}

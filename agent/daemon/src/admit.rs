@@ -16,7 +16,7 @@ use pillion_common::hook::{Answer, HEADER, Message as _, Question, Request, body
 use pillion_policy::PolicySet;
 use pillion_runtime::{
     ContainerdConfig, ContainerdResolver, Engine, EngineConfig, EngineKind, EngineLookup, Engines,
-    PodmanFiles, Resolved, unit_subject,
+    PodmanFiles, Resolved, Unidentified, unit_subject,
 };
 use pillion_workload::{FailureMode, RuntimeKind, Subject, WorkloadId};
 
@@ -61,12 +61,19 @@ async fn decide(args: &AdmitArgs, question: Question) -> anyhow::Result<Answer> 
             });
             let podman = args.podman_socket != Some(OrNone(None));
             let podman = podman.then(|| Arc::new(PodmanFiles::usual()) as Arc<dyn Engine>);
-            match (Engines { containerd, docker, podman, units: None }).resolve(&container).await? {
-                Resolved::Container(workload) | Resolved::Member(workload) => (workload.id, workload.subject),
+            let engines = Engines { containerd, docker, podman, units: None };
+            match engines.resolve(&container).await {
+                Ok(Resolved::Container(workload) | Resolved::Member(workload)) => {
+                    (workload.id, workload.subject)
+                }
                 // Its containers are asked for one by one.
-                Resolved::Sandbox(_) => return Ok(Answer::Admit { message: None }),
-                Resolved::Nothing(reason) => {
-                    return Ok(Answer::Admit { message: Some(format!("pillion: not held: {reason}")) });
+                Ok(Resolved::Sandbox(_) | Resolved::Nothing(_)) => {
+                    return Ok(Answer::Admit { message: None });
+                }
+                Ok(Resolved::Unreachable(what)) => return Ok(without_identity(&policies, &what)),
+                Err(error) => {
+                    let what = engines.unresolved(&container, &format!("{:#}", anyhow::Error::from(error)));
+                    return Ok(without_identity(&policies, &what));
                 }
             }
         }
@@ -93,6 +100,27 @@ async fn of_unit(args: &AdmitArgs, name: &str) -> anyhow::Result<(WorkloadId, Su
     let bus = args.systemd.bus().context("this agent leaves systemd alone")?;
     let subject = unit_subject(&bus, name, BUS_LIMIT).await?;
     Ok((id, subject))
+}
+
+/// By what is known.
+fn without_identity(policies: &PolicySet, what: &Unidentified) -> Answer {
+    let Some(policy) = policies.strictest_for(&what.sightings) else {
+        return Answer::Admit { message: None };
+    };
+    let reason = &what.reason;
+    let name = policy.name();
+    match policy.plan().on_failure {
+        FailureMode::Open => Answer::Admit {
+            message: Some(format!(
+                "pillion: {reason}; it runs without, as policy {name} says onFailure: open"
+            )),
+        },
+        FailureMode::Closed => Answer::Refuse {
+            message: format!(
+                "pillion: {reason}; refused, as policy {name} says onFailure: closed; start `pillion agent`"
+            ),
+        },
+    }
 }
 
 fn by_policy(policies: &PolicySet, subject: &Subject) -> Answer {

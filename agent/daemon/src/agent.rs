@@ -35,6 +35,7 @@ use crate::{
     notify::{self, Notifier},
     policy_watch::{self, LoadNow, PolicyLoad},
     sources::Sources,
+    standing::Standing,
     telemetry,
     units::{self, Selections},
 };
@@ -106,7 +107,8 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
 
     // Sources, and the gates that belong to them.
     let (runtime_events, runtime) = mpsc::channel(QUEUE);
-    let (gatekeeper, holds) = Gatekeeper::new();
+    let standing = Arc::new(Standing::recall(config.paths.state_dir.clone()));
+    let (gatekeeper, asked) = Gatekeeper::new(standing.clone());
     let attached: Vec<_> = loaded.records.iter().map(|record| record.workload.subject.runtime).collect();
     let mut watched = Sources::start(&config, &attached, &runtime_events, &gatekeeper, &stop);
     let selections = Arc::new(watch::Sender::new(None));
@@ -120,7 +122,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
 
     // Policies.
     let Policies { loads, loaded: policies, selecting } =
-        watch_policies(&config, watched.docker, selections, &stop)?;
+        watch_policies(&config, watched.docker, (selections, standing), &stop)?;
 
     // Processes held at their exec.
     let exec_gate = exec_gate::start(&config, gatekeeper, selecting, runtime_events.clone(), &stop);
@@ -141,7 +143,7 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
         pin_root: config.paths.pin_root.clone(),
     };
     let beginning =
-        Beginning { sources, runtime, holds, policies, requests: requests_in, stop: stop.clone() };
+        Beginning { sources, runtime, asked, policies, requests: requests_in, stop: stop.clone() };
     let controller = tokio::spawn(Controller::begin_with(parts, beginning, loaded).run());
 
     // Servers.
@@ -179,7 +181,7 @@ struct Policies {
 fn watch_policies(
     config: &AgentConfig,
     docker: Option<PathBuf>,
-    selections: Arc<Selections>,
+    (selections, standing): (Arc<Selections>, Arc<Standing>),
     stop: &CancellationToken,
 ) -> anyhow::Result<Policies> {
     let (loads, load_requests) = mpsc::channel(4);
@@ -189,6 +191,9 @@ fn watch_policies(
         let policy_loads = policy_loads.clone();
         let policies = load.result.as_ref().ok().cloned();
         let (told, selections) = (told.clone(), selections.clone());
+        if let Some(policies) = policies.as_ref().or(load.fallback.as_ref()) {
+            standing.replace(policies.clone());
+        }
         async move {
             // The controller has ended, and so will this.
             let _ = policy_loads.send(load).await;

@@ -34,6 +34,7 @@ mod readable;
 mod render;
 mod run;
 mod sources;
+mod standing;
 mod telemetry;
 mod units;
 mod validate;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use pillion_workload::{RuntimeKind, Subject};
+use pillion_workload::{Facet, RuntimeKind, Sighting, Subject};
 use serde::Serialize;
 
 use crate::{
@@ -72,6 +72,14 @@ impl Selector {
             && exact(&self.namespaces, subject.namespace.as_deref())
             && self.labels.iter().all(|(key, value)| subject.labels.get(key) == Some(value))
             && self.globs(subject).into_iter().all(|(_, globs, actual)| any(globs, actual))
+    }
+
+    /// Whether a workload can match of which only this is known; and whether it does for certain.
+    pub(crate) fn may_match(&self, sighting: &Sighting) -> (bool, bool) {
+        let unknown = |field: &str| sighting.unknown.iter().any(|facet| named(*facet) == field);
+        let fields = self.explain(&sighting.subject);
+        let may = fields.iter().all(|field| field.matched || unknown(field.field));
+        (may, may && !fields.iter().any(|field| unknown(field.field)))
     }
 
     /// Whether a systemd unit with this name can match, whatever it runs.
@@ -206,6 +214,17 @@ impl Selector {
             ("executables", &self.executables, subject.executable.as_deref().and_then(|path| path.to_str())),
             ("names", &self.names, Some(subject.name.as_str())),
         ]
+    }
+}
+
+/// A facet's field in a selector.
+fn named(facet: Facet) -> &'static str {
+    match facet {
+        Facet::Namespace => "namespaces",
+        Facet::Labels => "labels",
+        Facet::Image => "images",
+        Facet::Executable => "executables",
+        Facet::Name => "names",
     }
 }
 

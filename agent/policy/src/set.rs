@@ -4,7 +4,7 @@
 
 use std::{fmt, sync::Arc};
 
-use pillion_workload::{Plan, PolicyName, Subject};
+use pillion_workload::{FailureMode, Plan, PolicyName, Sighting, Subject};
 use serde::Serialize;
 
 use crate::{FieldReason, Place, Selector};
@@ -128,6 +128,28 @@ impl PolicySet {
     /// The plan that a workload gets. Allocates nothing.
     pub fn plan_for(&self, subject: &Subject) -> Option<&Arc<Plan>> {
         self.policy_for(subject).map(Policy::plan)
+    }
+
+    /// The strictest policy that may be the one of a workload which could not be identified, being one of these: one that says
+    /// `onFailure: closed`, if there is such a one.
+    pub fn strictest_for(&self, sightings: &[Sighting]) -> Option<&Policy> {
+        let mut open = None;
+        for sighting in sightings {
+            for policy in &self.policies {
+                let (may, certain) = policy.selector.may_match(sighting);
+                if may && policy.plan.on_failure == FailureMode::Closed {
+                    return Some(policy);
+                }
+                if may {
+                    open = open.or(Some(policy));
+                }
+                if certain {
+                    // Those with a lower priority are not asked.
+                    break;
+                }
+            }
+        }
+        open
     }
 
     /// The plan that a workload gets, and for every policy why it was or was not the one.

@@ -3,9 +3,9 @@
 //! Owns the question, its deadline and its answer. Never decides, and knows no gate in particular: each of them holds
 //! its workload by means of its own, asks here, and then lets go or refuses.
 
-use std::time::Duration;
+use std::{fmt, sync::Arc, time::Duration};
 
-use pillion_workload::{Gate, PolicyName, Workload};
+use pillion_workload::{FailureMode, Gate, PolicyName, Sighting, Workload, WorkloadId};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, timeout_at},
@@ -30,6 +30,35 @@ pub struct Hold {
     /// Where the answer goes; absent when nobody waits yet: a pod whose sandbox is there and whose containers are to come.
     /// Closed when the gate has given up, as when what it held was killed.
     pub answer: Option<oneshot::Sender<Admission>>,
+}
+
+/// Something that a gate holds and that cannot be put to the controller as a [`Hold`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unidentified {
+    /// Its id, where that is known.
+    pub id: Option<WorkloadId>,
+    /// What it may be: any of these.
+    pub sightings: Vec<Sighting>,
+    /// Why, with its name.
+    pub reason: String,
+}
+
+/// Says which policy decides about what cannot be identified. It does not wait: it is asked when there is no time left.
+pub trait Rule: fmt::Debug + Send + Sync {
+    /// The strictest policy that may select one of these, and its failure mode.
+    fn strictest(&self, id: Option<&WorkloadId>, sightings: &[Sighting])
+    -> Option<(PolicyName, FailureMode)>;
+}
+
+/// What has been decided without the controller, for its log.
+#[derive(Debug)]
+pub struct Unheld {
+    /// Which gate.
+    pub gate: Gate,
+    /// Its id, where that is known.
+    pub id: Option<WorkloadId>,
+    /// What was done with it.
+    pub admission: Admission,
 }
 
 /// What is to be done with a held workload.
@@ -89,13 +118,42 @@ pub struct Undecided;
 #[derive(Debug, Clone)]
 pub struct Gatekeeper {
     holds: mpsc::Sender<Hold>,
+    unheld: mpsc::Sender<Unheld>,
+    rule: Arc<dyn Rule>,
+}
+
+/// The controller's end.
+#[derive(Debug)]
+pub struct Asked {
+    /// Questions.
+    pub holds: mpsc::Receiver<Hold>,
+    /// What was decided without it.
+    pub unheld: mpsc::Receiver<Unheld>,
 }
 
 impl Gatekeeper {
     /// The two ends: for the gates, and for the controller.
-    pub fn new() -> (Self, mpsc::Receiver<Hold>) {
-        let (holds, receiver) = mpsc::channel(QUEUE);
-        (Self { holds }, receiver)
+    pub fn new(rule: Arc<dyn Rule>) -> (Self, Asked) {
+        let (holds, holds_in) = mpsc::channel(QUEUE);
+        let (unheld, unheld_in) = mpsc::channel(QUEUE);
+        (Self { holds, unheld, rule }, Asked { holds: holds_in, unheld: unheld_in })
+    }
+
+    /// Decides about what cannot be identified, by the policies that may select it. The controller is told and not waited for.
+    pub fn without_identity(&self, gate: Gate, what: Unidentified) -> Admission {
+        let Unidentified { id, sightings, reason } = what;
+        let admission = match self.rule.strictest(id.as_ref(), &sightings) {
+            Some((policy, FailureMode::Closed)) => Admission::Refused { policy, reason },
+            Some((policy, FailureMode::Open)) => Admission::Open { policy, reason },
+            None => {
+                tracing::debug!(%gate, reason, "let run: no policy can select it");
+                return Admission::Unmatched;
+            }
+        };
+        tracing::warn!(%gate, outcome = admission.message(), "a workload could not be held");
+        // An agent that is ending has no log any more, and the line above is there in any case.
+        let _ = self.unheld.try_send(Unheld { gate, id, admission: admission.clone() });
+        admission
     }
 
     /// Asks whether a held workload may run, and waits for the answer until `deadline`. Dropping the future withdraws
@@ -127,6 +185,19 @@ impl Gatekeeper {
     }
 }
 
+/// For tests: one policy, which may select whatever is not known.
+#[cfg(test)]
+#[derive(Debug)]
+pub(crate) struct MaySelect(pub(crate) Option<FailureMode>);
+
+#[cfg(test)]
+impl Rule for MaySelect {
+    fn strictest(&self, _: Option<&WorkloadId>, sightings: &[Sighting]) -> Option<(PolicyName, FailureMode)> {
+        assert!(!sightings.is_empty(), "something is known of everything");
+        Some(("payments".parse().expect("valid"), self.0?))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,6 +221,38 @@ mod tests {
             for word in words.into_iter().chain(["pillion", "payments"]) {
                 assert!(message.as_ref().is_none_or(|message| message.contains(word)), "{message:?}");
             }
+        }
+    }
+    #[tokio::test]
+    async fn what_cannot_be_identified_is_decided_by_the_policy_that_may_select_it() {
+        for (mode, admits) in
+            [(Some(FailureMode::Closed), false), (Some(FailureMode::Open), true), (None, true)]
+        {
+            let (gatekeeper, mut asked) = Gatekeeper::new(Arc::new(MaySelect(mode)));
+            let subject = pillion_workload::Subject {
+                runtime: pillion_workload::RuntimeKind::Containerd,
+                name: "c1".into(),
+                namespace: None,
+                labels: std::collections::BTreeMap::new(),
+                annotations: std::collections::BTreeMap::new(),
+                image: None,
+                unit: None,
+                executable: None,
+            };
+            let reason = "container c1 cannot be identified: silence".to_owned();
+            let what = Unidentified { id: None, sightings: vec![subject.into()], reason };
+            let admission = gatekeeper.without_identity(Gate::Nri, what);
+            assert_eq!(admission.admits(), admits, "{mode:?}");
+            if mode.is_none() {
+                assert_eq!((admission, asked.unheld.try_recv().is_err()), (Admission::Unmatched, true));
+                continue;
+            }
+            let message = admission.message().expect("it is said");
+            for word in ["pillion: ", "payments", "c1 cannot be identified"] {
+                assert!(message.contains(word), "{message}");
+            }
+            let told = asked.unheld.try_recv().expect("the controller is told");
+            assert_eq!((told.gate, told.admission), (Gate::Nri, admission));
         }
     }
 }

@@ -37,7 +37,7 @@ pub use docker::{
 pub use event::{RuntimeEvent, SourceName};
 pub use exec::{ExecConfig, ExecNews, ExecSource, OwnCgroup, OwnCgroupError, Stopper};
 pub use exits::Exits;
-pub use gate::{Admission, Gatekeeper, Hold, Undecided};
+pub use gate::{Admission, Asked, Gatekeeper, Hold, Rule, Undecided, Unheld, Unidentified};
 pub use hook::{
     AskError, CrioError, Described, Engine, Engines, FoundUnit, HookGate, ResolveError, UnitManager,
 };

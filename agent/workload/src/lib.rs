@@ -18,4 +18,4 @@ pub use plan::{
     OutboundRule, Plan, Probe, Readiness, RedirectSpec, Resources, Target, UserSpec,
 };
 pub use ready::{Family, Listener, ReadyCompanion};
-pub use subject::{Cgroup, FirstInstruction, Instance, Subject, Workload};
+pub use subject::{Cgroup, Facet, FirstInstruction, Instance, Sighting, Subject, Workload};

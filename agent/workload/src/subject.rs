@@ -45,6 +45,37 @@ pub struct Subject {
     pub executable: Option<PathBuf>,
 }
 
+/// What is known of a workload that could not be identified: less than policies select on, perhaps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sighting {
+    /// What is known. Of what is unknown it has nothing, or a part.
+    pub subject: Subject,
+    /// What may be anything.
+    pub unknown: Vec<Facet>,
+}
+
+/// A thing that policies select on and that may be unknown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Facet {
+    /// [`Subject::namespace`].
+    Namespace,
+    /// [`Subject::labels`]: there may be others.
+    Labels,
+    /// [`Subject::image`].
+    Image,
+    /// [`Subject::executable`].
+    Executable,
+    /// [`Subject::name`].
+    Name,
+}
+
+impl From<Subject> for Sighting {
+    /// All of it is known.
+    fn from(subject: Subject) -> Self {
+        Self { subject, unknown: Vec::new() }
+    }
+}
+
 /// Identity: cgroup, network namespace and first process. Equal only for the very same instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Instance {

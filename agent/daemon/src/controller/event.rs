@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use pillion_attachment::Report;
-use pillion_runtime::{Hold, RuntimeEvent};
+use pillion_runtime::{Hold, RuntimeEvent, Unheld};
 use pillion_workload::{Gate, ProcessId, WorkloadId};
 use tokio::sync::{broadcast, oneshot};
 
@@ -24,6 +24,8 @@ pub(crate) enum Event {
     Runtime(Box<RuntimeEvent>),
     /// A gate holds a workload.
     Held(Box<Hold>),
+    /// A gate could not hold one, and has decided by itself.
+    Unheld(Box<Unheld>),
     /// The first process of a workload that a gate told of has ended.
     Exited {
         /// The workload.

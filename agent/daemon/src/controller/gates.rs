@@ -12,9 +12,9 @@ use std::{
     time::Duration,
 };
 
-use pillion_runtime::{Admission, Hold};
+use pillion_runtime::{Admission, Hold, Unheld};
 use pillion_workload::{
-    FailureMode, FirstInstruction, Gate, Plan, ProcessId, RuntimeKind, Workload, WorkloadId,
+    FailureMode, FirstInstruction, Gate, Plan, ProcessId, RuntimeKind, Subject, Workload, WorkloadId,
 };
 use tokio::{
     sync::{Notify, oneshot},
@@ -33,6 +33,7 @@ const MAX_WAITING: usize = 1024;
 /// Why a gate is answered before all is known.
 const LATE: &str = "not attached within the time that the gate allows";
 const ENDS: &str = "the agent ends";
+const TOO_MANY: &str = "there are more workloads than an agent can attach";
 
 /// Whether a workload is held, shared with the task that attaches it.
 #[derive(Debug, Clone, Default)]
@@ -142,7 +143,7 @@ impl Controller {
     pub(super) fn held_at_gate(&mut self, hold: Hold) {
         let Hold { gate, workload, since, decide_by, answer } = hold;
         let (id, process) = (workload.id.clone(), workload.instance.process);
-        let runtime = workload.subject.runtime;
+        let (runtime, subject) = (workload.subject.runtime, workload.subject.clone());
         if gate == Gate::Exec && self.is_in_a_container(&workload) {
             self.metrics.gate(gate, &Admission::Covered, since.elapsed());
             return drop(answer.map(|answer| answer.send(Admission::Covered)));
@@ -160,9 +161,7 @@ impl Controller {
             }
         }
         let Some(entry) = self.workloads.get_mut(&id) else {
-            // There are too many workloads, which has been reported.
-            let unmatched = Admission::Unmatched;
-            return drop(answer.map(|answer| answer.send(unmatched)));
+            return self.one_too_many(&id, gate, &subject, answer);
         };
         if entry.told_first != FirstInstruction::After {
             entry.gates.state.hold(gate);
@@ -175,6 +174,46 @@ impl Controller {
             entry.gates.waiting.push(Waiting { gate, since, decide_by, answer });
         }
         self.reconcile(&id);
+    }
+
+    /// There are too many workloads, which has been reported: this one cannot be attached.
+    fn one_too_many(
+        &mut self,
+        id: &WorkloadId,
+        gate: Gate,
+        subject: &Subject,
+        answer: Option<oneshot::Sender<Admission>>,
+    ) {
+        let Some(answer) = answer else { return };
+        let plan = self.policies.as_ref().and_then(|policies| policies.plan_for(subject));
+        let plan = plan.filter(|_| !self.held.contains(id));
+        let admission = plan.map_or(Admission::Unmatched, |plan| by_mode(plan, TOO_MANY.to_owned()));
+        // One that has given up needs no answer.
+        let _ = answer.send(admission.clone());
+        self.unheld(Unheld { gate, id: Some(id.clone()), admission });
+    }
+
+    /// A gate has decided by itself about what it could not hold.
+    pub(super) fn unheld(&mut self, unheld: Unheld) {
+        let Unheld { gate, id, admission } = unheld;
+        let (kind, policy, text) = match &admission {
+            Admission::Unmatched | Admission::Covered | Admission::Attached => return,
+            Admission::Open { policy, reason } => {
+                let text =
+                    format!("not held by the {gate} gate, and let run as onFailure: open says: {reason}");
+                (EventKind::AdmittedOpen, policy, text)
+            }
+            Admission::Refused { policy, reason } => {
+                let text = format!("refused by the {gate} gate as onFailure: closed says: {reason}");
+                (EventKind::Refused, policy, text)
+            }
+        };
+        self.metrics.gate(gate, &admission, Duration::ZERO);
+        let mut entry = event_log::Entry::new(kind, text).policy(policy).at_gate(gate, 0);
+        if let Some(id) = &id {
+            entry = entry.workload(id);
+        }
+        self.events.add(entry);
     }
 
     /// Whether its cgroup is within that of a container: the program is that container's, for which its own gate or source

@@ -24,7 +24,7 @@ use std::{
 
 use pillion_attachment::{Job, Ledger, Node, Report, attach};
 use pillion_policy::PolicySet;
-use pillion_runtime::{Exits, FirstInstructionProbe, Hold, RuntimeEvent, SourceName, open_netns};
+use pillion_runtime::{Exits, FirstInstructionProbe, Hold, RuntimeEvent, SourceName, Unheld, open_netns};
 use pillion_workload::{Plan, RuntimeKind, Workload, WorkloadId};
 use tokio::{
     sync::mpsc,
@@ -102,6 +102,7 @@ struct Source {
 struct Inbox {
     runtime: mpsc::Receiver<RuntimeEvent>,
     holds: mpsc::Receiver<Hold>,
+    unheld: mpsc::Receiver<Unheld>,
     /// Of workloads that only a gate has told of so far.
     exits: Exits,
     policies: mpsc::Receiver<PolicyLoad>,
@@ -119,6 +120,7 @@ impl Inbox {
             Some((workload, left)) = self.discarded.recv() => Event::Discarded { workload, left },
             Some(load) = self.policies.recv() => Event::Policies(load),
             Some(hold) = self.holds.recv() => Event::Held(Box::new(hold)),
+            Some(unheld) = self.unheld.recv() => Event::Unheld(Box::new(unheld)),
             (workload, process) = self.exits.next() => Event::Exited { workload, process },
             Some(event) = self.runtime.recv() => Event::Runtime(Box::new(event)),
             Some(request) = self.requests.recv() => Event::Request(request),
@@ -136,6 +138,7 @@ impl Controller {
                 Event::Runtime(event) => self.runtime(*event),
                 Event::Policies(load) => self.policies(load),
                 Event::Held(hold) => self.held_at_gate(*hold),
+                Event::Unheld(unheld) => self.unheld(*unheld),
                 Event::Exited { workload, process } => self.exited(&workload, process),
                 Event::Attachment(report) => self.attachment(*report),
                 Event::Discarded { workload, left } => self.discarded(&workload, &left),

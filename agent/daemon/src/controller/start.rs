@@ -7,7 +7,7 @@ use std::{
 };
 
 use pillion_attachment::{Ledger, Node, Record, discard};
-use pillion_runtime::{Exits, FirstInstructionProbe, Hold, RuntimeEvent, SourceName, open_netns};
+use pillion_runtime::{Asked, Exits, FirstInstructionProbe, RuntimeEvent, SourceName, open_netns};
 use pillion_workload::{FirstInstruction, RuntimeKind};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -41,7 +41,7 @@ pub(crate) struct Beginning {
     pub(crate) sources: Vec<(SourceName, RuntimeKind)>,
     pub(crate) runtime: mpsc::Receiver<RuntimeEvent>,
     /// Of the gates.
-    pub(crate) holds: mpsc::Receiver<Hold>,
+    pub(crate) asked: Asked,
     pub(crate) policies: mpsc::Receiver<PolicyLoad>,
     pub(crate) requests: mpsc::Receiver<Request>,
     pub(crate) stop: CancellationToken,
@@ -78,7 +78,8 @@ impl Controller {
             full: false,
             inbox: Inbox {
                 runtime: beginning.runtime,
-                holds: beginning.holds,
+                holds: beginning.asked.holds,
+                unheld: beginning.asked.unheld,
                 exits: Exits::default(),
                 policies: beginning.policies,
                 reports: reports_in,

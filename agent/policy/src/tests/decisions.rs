@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use pillion_workload::{RuntimeKind, Subject};
+use pillion_workload::{Facet, RuntimeKind, Sighting, Subject};
 
 use super::{file, one, policy};
 use crate::{PolicySet, Verdict, parse};
@@ -177,4 +177,46 @@ fn five_thousand_policies_are_no_matter() {
     // 0.1 ms each was measured; the bound only keeps the square of something out.
     assert!(begin.elapsed().as_millis() < 2_000, "{:?}", begin.elapsed() / 100);
     assert_eq!(set.decide(&subject).reasons.len(), 5_000);
+}
+
+#[test]
+fn of_what_is_not_known_a_closed_policy_may_be_the_one() {
+    let at = |name: &str, priority: i32, select: &str, mode: &str| {
+        format!(
+            "apiVersion: pillion.dev/v1alpha1\nkind: InjectionPolicy\nmetadata: {{ name: {name} }}\nspec:\n  \
+             priority: {priority}\n  select: {{ {select} }}\n  companions: [{{ name: r, builtin: relay }}]\n  \
+             redirect: {{ outbound: [{{ to: r }}] }}\n  onFailure: {mode}\n"
+        )
+    };
+    let text = [
+        at("shop", 2, "namespaces: [shop]", "open"),
+        at("api", 1, "labels: { app: api }", "closed"),
+        at("payments", 0, "namespaces: [payments]", "open"),
+    ];
+    let set = parse(&[file("p.yaml", &text.join("---\n"))]).expect("valid");
+    let known = |namespace: Option<&str>, labels: &[(&str, &str)]| Subject {
+        namespace: namespace.map(str::to_owned),
+        labels: labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+        ..subject()
+    };
+    let labels = [Facet::Labels].as_slice();
+    for (subject, unknown, strictest) in [
+        (known(Some("payments"), &[("app", "api")]), [].as_slice(), Some("api")),
+        (known(Some("payments"), &[("app", "web")]), &[], Some("payments")),
+        (known(Some("other"), &[("app", "web")]), &[], None),
+        (known(Some("payments"), &[]), labels, Some("api")),
+        // An open policy that has it for certain is before the closed one.
+        (known(Some("shop"), &[]), labels, Some("shop")),
+        (known(None, &[]), &[Facet::Namespace, Facet::Labels], Some("api")),
+        (known(None, &[("app", "web")]), &[Facet::Namespace], Some("shop")),
+        (known(Some("other"), &[]), &[Facet::Image, Facet::Name, Facet::Executable], None),
+    ] {
+        let sightings = [Sighting { subject, unknown: unknown.to_vec() }];
+        let found = set.strictest_for(&sightings).map(|policy| policy.name().as_str());
+        assert_eq!(found, strictest, "{sightings:?}");
+    }
+    // It may be a pod or one of its containers.
+    let either = [known(Some("other"), &[]), known(Some("payments"), &[("app", "api")])].map(Sighting::from);
+    assert_eq!(set.strictest_for(&either).map(|policy| policy.name().as_str()), Some("api"));
+    assert_eq!(set.strictest_for(&[]), None);
 }

@@ -269,7 +269,7 @@ impl Look {
 }
 
 /// What policies select on, of a container or of a whole pod.
-fn subject(key: &Key, record: &Record, sandbox: Option<&Record>) -> Subject {
+pub(super) fn subject(key: &Key, record: &Record, sandbox: Option<&Record>) -> Subject {
     match record.whole_pod() {
         Some(pod) => pod.subject(),
         None => record.subject(key, sandbox),

@@ -3,18 +3,19 @@
 //! Owns the answer for gates that know a container's id and its first process. Never asks for a task: a shim answers such
 //! questions only when the start that is being held is over, also about the other containers of a pod.
 
-use pillion_workload::{Pid, Workload};
+use pillion_workload::{Instance, Pid, Sighting, Workload};
 use tokio::sync::watch;
 
 use super::{
     ContainerdConfig, Key,
     client::{Client, ClientError},
-    look::{Look, NotAWorkload, whole},
+    look::{Look, NotAWorkload, subject, whole},
     record::Record,
 };
 use crate::{
     cgroup2::{Cgroup2Error, Cgroup2Mounts},
     chain,
+    gate::Unidentified,
     instance::InstanceError,
     pod::PodError,
 };
@@ -28,6 +29,8 @@ pub enum Resolved {
     Sandbox(Box<Workload>),
     /// A container of a pod: this is the pod.
     Member(Box<Workload>),
+    /// A workload that cannot be attached.
+    Unreachable(Box<Unidentified>),
     /// No workload, for this reason.
     Nothing(String),
 }
@@ -127,11 +130,11 @@ impl ContainerdResolver {
             let instance =
                 pod.instance_beside(look.mounts(), &own.cgroup.path, container, id).map_err(of_pod)?;
             let key = Key::new(namespace, id);
-            return Ok(told(look.workload(&key, instance, sandbox, None), Resolved::Member));
+            return Ok(told(&look, &key, instance, (sandbox, None), Resolved::Member));
         }
         let kind = if record.pod().is_some() { Resolved::Sandbox } else { Resolved::Container };
         let instance = whole(own, &record).map_err(of_pod)?;
-        Ok(told(look.workload(&key, instance, &record, sandbox.as_ref()), kind))
+        Ok(told(&look, &key, instance, (&record, sandbox.as_ref()), kind))
     }
 
     async fn connected(&self) -> Result<Client, UnresolvedError> {
@@ -141,9 +144,23 @@ impl ContainerdResolver {
     }
 }
 
-fn told(found: Result<Workload, NotAWorkload>, kind: fn(Box<Workload>) -> Resolved) -> Resolved {
-    match found {
+fn told(
+    look: &Look,
+    key: &Key,
+    instance: Instance,
+    (record, sandbox): (&Record, Option<&Record>),
+    kind: fn(Box<Workload>) -> Resolved,
+) -> Resolved {
+    match look.workload(key, instance, record, sandbox) {
         Ok(workload) => kind(Box::new(workload)),
-        Err(error) => Resolved::Nothing(error.to_string()),
+        // Its containers are asked for one by one.
+        Err(error @ NotAWorkload::SharedCgroup) => Resolved::Nothing(error.to_string()),
+        Err(error @ (NotAWorkload::Root | NotAWorkload::OwnKernel(_) | NotAWorkload::Name(_))) => {
+            Resolved::Unreachable(Box::new(Unidentified {
+                id: key.workload_id().ok(),
+                sightings: vec![Sighting::from(subject(key, record, sandbox))],
+                reason: format!("container {} cannot be attached: {error}", key.container),
+            }))
+        }
     }
 }

@@ -6,17 +6,19 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use pillion_common::hook::{Container, ContainerId, Spec};
-use pillion_workload::{Instance, InvalidName, Pid, RuntimeKind, Subject, Workload, WorkloadId};
+use pillion_workload::{Instance, InvalidName, Pid, RuntimeKind, Sighting, Subject, Workload, WorkloadId};
 
 use super::{
     crio::{self, CrioError},
     engine::{AskError, Described, Engine, UnitManager},
     owner::{Owner, owner},
+    sighting,
 };
 use crate::{
     cgroup2::{Cgroup2Error, Cgroup2Mounts},
     chain,
     containerd::{ContainerdResolver, Resolved, UnresolvedError, own_cgroup},
+    gate::Unidentified,
     instance::{InstanceError, instance_in},
 };
 
@@ -109,6 +111,11 @@ impl Engines {
         Ok(whole(described, self.instance(container)?))
     }
 
+    /// What is known of a container that could not be resolved, for this reason.
+    pub fn unresolved(&self, container: &Container, reason: &str) -> Unidentified {
+        sighting::unidentified(container, reason)
+    }
+
     async fn docker(&self, id: &ContainerId, spec: &Spec) -> Result<Described, ResolveError> {
         let engine = RuntimeKind::Docker;
         let Some(docker) = &self.docker else { return by_specification(engine, id, spec) };
@@ -149,7 +156,10 @@ fn whole(described: Described, instance: Instance) -> Resolved {
     let shared = Cgroup2Mounts::discover().is_ok_and(|mounts| instance.cgroup.path == mounts.mount_point());
     if shared {
         let why = "it runs in the root cgroup, and what is attached there is attached to everything";
-        return Resolved::Nothing(why.to_owned());
+        let Described { id, subject } = described;
+        let reason = format!("container {} cannot be attached: {why}", subject.name);
+        let sightings = vec![Sighting::from(subject)];
+        return Resolved::Unreachable(Box::new(Unidentified { id: Some(id), sightings, reason }));
     }
     let Described { id, subject } = described;
     Resolved::Container(Box::new(Workload { id, subject, instance }))
@@ -161,7 +171,7 @@ fn by_specification(runtime: RuntimeKind, id: &ContainerId, spec: &Spec) -> Resu
 }
 
 /// What the specification says: neither labels nor an image.
-fn subject(runtime: RuntimeKind, id: &ContainerId, spec: &Spec) -> Subject {
+pub(super) fn subject(runtime: RuntimeKind, id: &ContainerId, spec: &Spec) -> Subject {
     let executable = spec.program.as_ref().map(PathBuf::from).filter(|program| program.is_absolute());
     Subject {
         runtime,
@@ -220,7 +230,7 @@ mod tests {
                 Ok((workload.id.as_str().to_owned(), workload.subject.executable.clone()))
             }
             // Where tests run in the root cgroup.
-            Resolved::Nothing(why) => panic!("run the tests in a cgroup: {why}"),
+            Resolved::Unreachable(what) => panic!("run the tests in a cgroup: {}", what.reason),
             other => panic!("{other:?}"),
         }
     }

@@ -203,27 +203,25 @@ impl Asked {
                 }
                 return Answer::Admit { message: None };
             }
+            Ok(Ok(Resolved::Unreachable(what))) => {
+                return told(&self.gatekeeper.without_identity(gate, *what));
+            }
             Ok(Ok(Resolved::Nothing(reason))) => {
-                tracing::warn!(container = id, reason, "a container is not held");
-                return Answer::Admit {
-                    message: Some(format!("pillion: container {id} is not held: {reason}")),
-                };
+                tracing::debug!(container = id, reason, "no workload");
+                return Answer::Admit { message: None };
             }
-            Ok(Err(error)) => {
-                let message = chain(&error);
-                tracing::warn!(container = id, error = message, "it cannot be told what a hook holds");
-                return undecided(message);
-            }
-            Err(_) => {
-                let bundle = container.id.bundle.as_str();
-                tracing::warn!(container = id, bundle, "its engine does not say in time what a hook holds");
-                return undecided(format!("the engine of container {id} does not answer in time"));
-            }
+            Ok(Err(error)) => return self.unresolved(gate, container, &chain(&error)),
+            Err(_) => return self.unresolved(gate, container, "its engine does not answer in time"),
         };
         match self.gatekeeper.admit(gate, *workload, deadline).await {
             Ok(admission) => told(&admission),
             Err(error) => undecided(error.to_string()),
         }
+    }
+
+    fn unresolved(&self, gate: Gate, container: &Container, reason: &str) -> Answer {
+        let what = self.engines.unresolved(container, reason);
+        told(&self.gatekeeper.without_identity(gate, what))
     }
 
     async fn unit(&self, unit: &Unit, peer: UCred, deadline: Instant) -> Answer {

@@ -2,7 +2,9 @@
 //!
 //! Owns the finding of the workload and the end of a hold whose container ends. Never holds longer than it is told.
 
-use pillion_workload::{Gate, Instance, InvalidName, Pid, Workload};
+use std::path::PathBuf;
+
+use pillion_workload::{Facet, Gate, Instance, InvalidName, Pid, Sighting, Workload};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
@@ -10,7 +12,7 @@ use super::{
     plugin::{Answer, Event},
 };
 use crate::{
-    Admission, ContainerdResolver, Gatekeeper, Resolved, UnresolvedError,
+    Admission, ContainerdResolver, Gatekeeper, Resolved, Unidentified, UnresolvedError,
     cgroup2::{Cgroup2Error, Cgroup2Mounts},
     chain,
     instance::{InstanceError, instance_in},
@@ -40,6 +42,8 @@ enum HoldError {
     Unresolved(#[from] UnresolvedError),
     #[error("containerd did not tell in time which workload it belongs to")]
     Late,
+    #[error("the runtime does not tell its process")]
+    NoProcess,
 }
 
 impl HoldError {
@@ -50,17 +54,23 @@ impl HoldError {
             Self::Pod(error) => error.is_gone(),
             Self::Unresolved(UnresolvedError::Instance { source, .. }) => source.is_gone(),
             Self::Unresolved(UnresolvedError::Pod { source, .. }) => source.is_gone(),
-            Self::Unresolved(_) | Self::Cgroups(_) | Self::Name(_) | Self::Late => false,
+            Self::Unresolved(_) | Self::Cgroups(_) | Self::Name(_) | Self::Late | Self::NoProcess => false,
         }
     }
 }
 
 /// What is held.
-struct Held {
-    /// `None` when it is no workload.
-    workload: Option<Workload>,
-    /// The container's own process, in which nothing of it has run yet.
-    container: Instance,
+enum Held {
+    /// A workload, or a part of one.
+    Workload {
+        workload: Box<Workload>,
+        /// The container's own process, in which nothing of it has run yet.
+        container: Instance,
+    },
+    /// Nothing that could be attached.
+    Unreachable(Unidentified),
+    /// No workload.
+    Nothing,
 }
 
 impl Holder {
@@ -96,41 +106,45 @@ impl Holder {
     }
 
     async fn hold(&self, pod: &PodSandbox, container: &Container, deadline: Instant) -> Answer {
-        let held = match self.find(pod, container, deadline).await {
-            Ok(held) => held,
-            // The runtime finds out by itself.
-            Err(error) if error.is_gone() => return Answer::Empty,
+        let (workload, own) = match self.find(pod, container, deadline).await {
+            Ok(Held::Workload { workload, container }) => (workload, container),
+            Ok(Held::Unreachable(what)) => return self.without_identity(what),
+            Ok(Held::Nothing) => return Answer::Empty,
             Err(error) => {
-                tracing::warn!(
-                    pod = pod.id,
-                    container = container.id,
-                    error = chain(&error),
-                    "a container was let run, because it cannot be told which workload it belongs to"
-                );
-                return Answer::Empty;
+                let reason = format!("container {} cannot be identified: {}", container.id, chain(&error));
+                let id = Pod::id(&pod.id).ok();
+                return self.without_identity(Unidentified {
+                    id,
+                    sightings: sightings(pod, container),
+                    reason,
+                });
             }
         };
-        let Some(workload) = held.workload else { return Answer::Empty };
         let id = workload.id.clone();
         // A deleted pod loses its sandbox first, and a killed container its process: neither is worth waiting for.
-        let ended = [Pidfd::open(held.container.process), Pidfd::open(workload.instance.process)];
+        let ended = [Pidfd::open(own.process), Pidfd::open(workload.instance.process)];
         if ended.iter().any(|process| matches!(process, Ok(None))) {
-            return Answer::Empty;
+            return ended_while_held();
         }
         tracing::debug!(workload = %id, container = container.id, "held before its start");
         let [of_container, of_pod] = ended.map(|process| process.ok().flatten());
+        let known = Sighting::from(workload.subject.clone());
         tokio::select! {
-            admission = self.gatekeeper.admit(Gate::Nri, workload, deadline) => match admission {
+            admission = self.gatekeeper.admit(Gate::Nri, *workload, deadline) => match admission {
                 Ok(admission) => answer(&admission),
-                Err(undecided) => {
-                    tracing::warn!(workload = %id, container = container.id, error = %undecided,
-                        "a container was let run, as without an agent");
-                    Answer::Empty
-                }
+                Err(undecided) => self.without_identity(Unidentified {
+                    id: Some(id),
+                    sightings: vec![known],
+                    reason: undecided.to_string(),
+                }),
             },
             () = end_of(of_container) => ended_while_held(),
             () = end_of(of_pod) => ended_while_held(),
         }
+    }
+
+    fn without_identity(&self, what: Unidentified) -> Answer {
+        answer(&self.gatekeeper.without_identity(Gate::Nri, what))
     }
 
     async fn find(
@@ -140,27 +154,42 @@ impl Holder {
         deadline: Instant,
     ) -> Result<Held, HoldError> {
         let mounts = Cgroup2Mounts::discover()?;
+        if container.pid == 0 {
+            return Err(HoldError::NoProcess);
+        }
         let pid = pid(container.pid);
         let own = instance_in(&mounts, pid)?;
         let known = described(pod);
         if own.cgroup.path.parent().is_some_and(|parent| known.owns(parent)) {
             let instance = known.instance_beside(&mounts, &own.cgroup.path, &container.id, &pod.id)?;
             let workload = Workload { id: Pod::id(&pod.id)?, subject: known.subject(), instance };
-            return Ok(Held { workload: Some(workload), container: own });
+            return Ok(Held::Workload { workload: Box::new(workload), container: own });
         }
         // A workload of its own, of which containerd's record knows more than the runtime tells here.
         let asked = self.resolver.resolve(pod::NAMESPACE, &container.id, pid);
-        let workload = match timeout_at(deadline, asked).await.map_err(|_| HoldError::Late)?? {
+        Ok(match timeout_at(deadline, asked).await.map_err(|_| HoldError::Late)?? {
             Resolved::Container(workload) | Resolved::Sandbox(workload) | Resolved::Member(workload) => {
-                Some(*workload)
+                Held::Workload { workload, container: own }
             }
+            Resolved::Unreachable(what) => Held::Unreachable(*what),
             Resolved::Nothing(reason) => {
                 tracing::debug!(container = container.id, reason, "no workload");
-                None
+                Held::Nothing
             }
-        };
-        Ok(Held { workload, container: own })
+        })
     }
+}
+
+/// What a container may be by the runtime's word alone: a part of its pod, or a workload of its own.
+fn sightings(pod: &PodSandbox, container: &Container) -> Vec<Sighting> {
+    let known = described(pod);
+    let of_pod = known.subject();
+    let mut own = of_pod.clone();
+    own.labels.extend(container.labels.clone());
+    own.name.clone_from(&container.name);
+    own.executable = container.args.first().map(PathBuf::from).filter(|program| program.is_absolute());
+    // containerd's record has the name under which it is selected.
+    vec![of_pod.into(), Sighting { subject: own, unknown: vec![Facet::Image, Facet::Name] }]
 }
 
 /// The pod as a workload, from its sandbox; `None` when it is none of its own.

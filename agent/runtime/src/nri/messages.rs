@@ -149,6 +149,10 @@ pub(super) struct Container {
     pub(super) pod_sandbox_id: String,
     #[prost(string, tag = "3")]
     pub(super) name: String,
+    #[prost(btree_map = "string, string", tag = "5")]
+    pub(super) labels: BTreeMap<String, String>,
+    #[prost(string, repeated, tag = "7")]
+    pub(super) args: Vec<String>,
     #[prost(uint32, tag = "12")]
     pub(super) pid: u32,
 }

@@ -31,9 +31,9 @@ pub(super) enum Setup {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Event {
     /// A pod's sandbox is there.
-    RunPodSandbox(PodSandbox),
+    RunPodSandbox(Box<PodSandbox>),
     /// A container is about to be started.
-    StartContainer(PodSandbox, Container),
+    StartContainer(Box<PodSandbox>, Box<Container>),
 }
 
 /// Reads a request, or says what is wrong with it.
@@ -83,11 +83,13 @@ pub(super) fn decoded(payload: &[u8]) -> Option<Request> {
 fn about(event: i32, pod: Option<PodSandbox>, container: Option<Container>) -> Result<Call, Status> {
     let lacking = |what: &str| invalid(format!("pillion: event {event} without its {what}"));
     match event {
-        event::RUN_POD_SANDBOX => Ok(Call::Hold(Event::RunPodSandbox(pod.ok_or_else(|| lacking("pod"))?))),
+        event::RUN_POD_SANDBOX => {
+            Ok(Call::Hold(Event::RunPodSandbox(pod.ok_or_else(|| lacking("pod"))?.into())))
+        }
         event::START_CONTAINER => {
             let pod = pod.ok_or_else(|| lacking("pod"))?;
             let container = container.ok_or_else(|| lacking("container"))?;
-            Ok(Call::Hold(Event::StartContainer(pod, container)))
+            Ok(Call::Hold(Event::StartContainer(pod.into(), container.into())))
         }
         _ => Ok(Call::Nothing),
     }
@@ -161,8 +163,8 @@ mod tests {
         let state =
             |event, container| StateChangeEvent { event, pod: Some(pod.clone()), container }.encode_to_vec();
         let subject = |container| Subject { pod: Some(pod.clone()), container }.encode_to_vec();
-        let run = Call::Hold(Event::RunPodSandbox(pod.clone()));
-        let start = Call::Hold(Event::StartContainer(pod.clone(), container.clone()));
+        let run = Call::Hold(Event::RunPodSandbox(pod.clone().into()));
+        let start = Call::Hold(Event::StartContainer(pod.clone().into(), container.clone().into()));
         for (method, payload, call_) in [
             ("RunPodSandbox", subject(None), run.clone()),
             ("StartContainer", subject(Some(container.clone())), start.clone()),

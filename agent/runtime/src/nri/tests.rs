@@ -1,7 +1,8 @@
 //! The plug-in against a runtime of the test's own making, on a real socket.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
+use pillion_workload::FailureMode;
 use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -14,10 +15,11 @@ use super::{
     frames::{Connection, Decoder, Kind, Message, encode},
     messages::{
         ConfigureRequest, ConfigureResponse, Container, PLUGIN_SERVICE, PodSandbox, RegisterPluginRequest,
-        Request, Response, Status, Subject, SynchronizeRequest, SynchronizeResponse,
+        Request, Response, Status, Subject, SynchronizeRequest, SynchronizeResponse, code,
     },
     *,
 };
+use crate::gate::MaySelect;
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -32,12 +34,17 @@ struct Runtime {
 impl Runtime {
     /// A plug-in that is about to connect. No containerd answers it.
     fn new() -> Self {
+        Self::with(None)
+    }
+
+    /// The same, with a policy of this failure mode that may select whatever is not known.
+    fn with(mode: Option<FailureMode>) -> Self {
         let directory = tempfile::tempdir().expect("can be made");
         let socket = directory.path().join("nri.sock");
         let listener = UnixListener::bind(&socket).expect("can be bound");
         let (events, received) = mpsc::channel(8);
         let stop = CancellationToken::new();
-        let (gatekeeper, _holds) = Gatekeeper::new();
+        let (gatekeeper, _asked) = Gatekeeper::new(Arc::new(MaySelect(mode)));
         let (resolver, unconnected) = ContainerdResolver::unconnected();
         let gate = NriGate::spawn(NriConfig::at(socket), gatekeeper, resolver, events, stop.clone());
         Self { listener, events: received, stop, gate, _kept: (directory, unconnected) }
@@ -163,6 +170,33 @@ async fn one_that_is_held_keeps_no_other_waiting_and_is_let_go_in_time() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_identified_is_refused_where_a_closed_policy_may_select_it() {
+    let refused = |response: Response| {
+        let status = response.status.unwrap_or_default();
+        (status.code == code::FAILED_PRECONDITION).then_some(status.message)
+    };
+    for mode in [None, Some(FailureMode::Open), Some(FailureMode::Closed)] {
+        let mut runtime = Runtime::with(mode);
+        let mut plugin = runtime.up(1_000).await;
+        // containerd does not answer; the runtime tells no process; the process is gone.
+        for (pid, word) in [
+            (std::process::id(), "did not tell in time"),
+            (0, "its process"),
+            (i32::MAX.unsigned_abs(), "cannot"),
+        ] {
+            let answer = plugin.call("StartContainer", &start(pid)).await;
+            let message = refused(answer.clone());
+            assert_eq!(message.is_some(), mode == Some(FailureMode::Closed), "{mode:?} {pid}: {answer:?}");
+            for part in ["pillion: ", "policy payments", "container c1", word] {
+                assert!(message.iter().all(|message| message.contains(part)), "{message:?}");
+            }
+        }
+        // A sandbox is never refused.
+        assert_eq!(plugin.call("RunPodSandbox", &start(0)).await, Response::default());
+    }
+}
+
+#[tokio::test]
 async fn connects_again_whatever_the_runtime_does() {
     let mut runtime = Runtime::new();
     let refused = |event| match event {
@@ -210,7 +244,7 @@ async fn ends_when_it_is_told_to_after_a_moment_for_what_it_holds() {
 async fn a_socket_that_has_never_been_there_is_no_failure() {
     let directory = tempfile::tempdir().expect("can be made");
     let (events, mut received) = mpsc::channel(8);
-    let (gatekeeper, _holds) = Gatekeeper::new();
+    let (gatekeeper, _asked) = Gatekeeper::new(Arc::new(MaySelect(None)));
     let (resolver, _unconnected) = ContainerdResolver::unconnected();
     let stop = CancellationToken::new();
     let socket = directory.path().join("nri.sock");

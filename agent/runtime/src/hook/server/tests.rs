@@ -8,12 +8,13 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use pillion_common::hook::{ContainerId, Spec, Stopped};
-use pillion_workload::{RuntimeKind, WorkloadId};
+use pillion_workload::{FailureMode, RuntimeKind, WorkloadId};
 use tokio::{sync::mpsc, task::spawn_blocking};
 
 use super::*;
 use crate::{
     Hold,
+    gate::{Asked, MaySelect, Unheld},
     hook::{AskError, Described, Engine, FoundUnit, UnitManager},
 };
 
@@ -56,20 +57,26 @@ impl UnitManager for Knows {
 struct Gates {
     directory: tempfile::TempDir,
     holds: mpsc::Receiver<Hold>,
+    unheld: mpsc::Receiver<Unheld>,
     stop: CancellationToken,
     server: tokio::task::JoinHandle<()>,
 }
 
 impl Gates {
     fn open() -> Self {
+        Self::with(None)
+    }
+
+    /// The same, with a policy of this failure mode that may select whatever is not known.
+    fn with(mode: Option<FailureMode>) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let (gatekeeper, holds) = Gatekeeper::new();
+        let (gatekeeper, Asked { holds, unheld }) = Gatekeeper::new(Arc::new(MaySelect(mode)));
         let engines =
             Engines { docker: Some(Arc::new(Knows)), units: Some(Arc::new(Knows)), ..Engines::default() };
         let gate = HookGate::bind(&directory.path().join("gate.sock"), gatekeeper, engines).expect("bound");
         let stop = CancellationToken::new();
         let server = tokio::spawn(gate.run(stop.clone()));
-        Self { directory, holds, stop, server }
+        Self { directory, holds, unheld, stop, server }
     }
 
     fn connect(&self) -> Stream {
@@ -175,7 +182,7 @@ async fn a_hook_that_goes_away_withdraws_and_the_dead_are_let_go() {
     if !is_root() {
         return;
     }
-    let mut gates = Gates::open();
+    let mut gates = Gates::with(Some(FailureMode::Open));
     let stream = gates.ask(unit(), SOON);
     let hold = gates.held().await;
     drop(stream);
@@ -251,5 +258,31 @@ async fn more_hooks_than_places_wait_their_turn() {
     }
     for stream in streams {
         assert_eq!(answer(stream).await, Answer::Admit { message: None });
+    }
+}
+
+#[tokio::test]
+async fn a_container_that_nobody_answers_for_is_refused_where_a_closed_policy_may_select_it() {
+    if !is_root() {
+        return;
+    }
+    // The agent has no containerd to ask.
+    let bundle = "/run/containerd/io.containerd.runtime.v2.task/default/web";
+    for mode in [None, Some(FailureMode::Open), Some(FailureMode::Closed)] {
+        let mut gates = Gates::with(mode);
+        let mut container = container(std::process::id());
+        container.id.bundle = bundle.into();
+        let told = answer(gates.ask(Question::Container(container), SOON)).await;
+        let message = match (mode, told) {
+            (Some(FailureMode::Closed), Answer::Refuse { message })
+            | (Some(FailureMode::Open), Answer::Admit { message: Some(message) }) => Some(message),
+            (None, Answer::Admit { message: None }) => None,
+            (mode, told) => panic!("{mode:?}: {told:?}"),
+        };
+        for part in ["pillion: ", "policy payments", "container web", "--containerd-socket"] {
+            assert!(message.iter().all(|message| message.contains(part)), "{message:?}");
+        }
+        let unheld = gates.unheld.try_recv();
+        assert_eq!(unheld.is_ok(), mode.is_some(), "{unheld:?}");
     }
 }
