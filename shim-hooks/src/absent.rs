@@ -272,7 +272,12 @@ mod tests {
         let refused = decided(&answer(Answer::Refuse { message: "pillion: policy b says so".into() }));
         let expected = "pillion: the agent gave no answer in time; policy b says so";
         assert_eq!(refused, Decision::Refuse(expected.into()));
-        for script in ["exit 1", "cat", "echo nonsense", &answer(Answer::Undecided { message: "x".into() })] {
+        for script in [
+            "exit 1",
+            "cat",
+            "echo nonsense",
+            &answer(Answer::Undecided { message: "x".into(), leaving: false }),
+        ] {
             let decision = decided(script);
             assert!(
                 matches!(&decision, Decision::Refuse(message) if message.contains("closed: b")),

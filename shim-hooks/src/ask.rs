@@ -26,6 +26,8 @@ pub(crate) enum Unanswered {
     Silent,
     /// The agent went away, as when it is killed.
     Lost,
+    /// The agent ends, and says so.
+    Leaving(String),
     /// Another failure of the socket.
     Socket(io::Error),
     /// What it said is not an answer, or the question cannot be put.
@@ -41,6 +43,7 @@ impl fmt::Display for Unanswered {
             Self::NotRoot => f.write_str("only root may ask the agent"),
             Self::Silent => f.write_str("the agent gave no answer in time"),
             Self::Lost => f.write_str("the agent went away before it answered"),
+            Self::Leaving(message) => write!(f, "{message}, and no other came to answer"),
             Self::Socket(error) => write!(f, "cannot talk to the agent: {error}"),
             Self::Protocol(error) => write!(f, "cannot talk to the agent: {error}"),
             Self::Undecided(message) => write!(f, "the agent cannot decide: {message}"),
@@ -73,7 +76,8 @@ pub(crate) fn read_answer(stream: &OwnedFd, deadline: Deadline) -> Result<Answer
     match decode(&body).map_err(Unanswered::Protocol)? {
         Answer::Admit { message } => Ok(Answered::Admit(message)),
         Answer::Refuse { message } => Ok(Answered::Refuse(message)),
-        Answer::Undecided { message } => Err(Unanswered::Undecided(message)),
+        Answer::Undecided { message, leaving: true } => Err(Unanswered::Leaving(message)),
+        Answer::Undecided { message, leaving: false } => Err(Unanswered::Undecided(message)),
     }
 }
 
@@ -156,8 +160,10 @@ mod tests {
         assert_eq!(answered(Some(admit.clone()), patience).unwrap(), Answered::Admit(Some("open".into())));
         let refuse = frame(Answer::Refuse { message: "no".into() });
         assert_eq!(answered(Some(refuse), patience).unwrap(), Answered::Refuse("no".into()));
-        let undecided = frame(Answer::Undecided { message: "ending".into() });
+        let undecided = frame(Answer::Undecided { message: "why".into(), leaving: false });
         assert!(matches!(answered(Some(undecided), patience), Err(Unanswered::Undecided(_))));
+        let leaving = frame(Answer::Undecided { message: "ending".into(), leaving: true });
+        assert!(matches!(answered(Some(leaving), patience), Err(Unanswered::Leaving(_))));
         assert!(matches!(answered(Some(vec![]), patience), Err(Unanswered::Lost)));
         assert!(matches!(answered(Some(admit[..15].to_vec()), patience), Err(Unanswered::Lost)));
         assert!(matches!(answered(Some(vec![b'x'; 100]), patience), Err(Unanswered::Protocol(_))));

@@ -29,6 +29,13 @@ impl Deadline {
         if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
     }
 
+    /// Waits for this long, or until the deadline.
+    pub(crate) fn pause(self, duration: Duration) {
+        if let Ok(left) = self.left() {
+            std::thread::sleep(duration.min(left));
+        }
+    }
+
     /// Waits until `flags` are there, or an error of the descriptor, which reading or writing tells.
     fn wait(self, fd: &impl AsFd, flags: PollFlags) -> io::Result<()> {
         loop {

@@ -17,6 +17,7 @@ mod oci;
 mod places;
 mod real;
 mod report;
+mod successor;
 mod wrapper;
 
 use std::{

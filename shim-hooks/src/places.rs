@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
 };
 
-use pillion_common::hook::{GATE_FILE, RUN_DIRECTORY, SOCKET, STATE_DIRECTORY};
+use pillion_common::hook::{GATE_FILE, LOCK, RUN_DIRECTORY, SOCKET, STATE_DIRECTORY};
 
 /// The agent's directories.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +52,11 @@ impl Places {
 
     pub(crate) fn socket(&self) -> PathBuf {
         self.run.join(SOCKET)
+    }
+
+    /// Held by an agent from before it listens until it has ended.
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.run.join(LOCK)
     }
 
     pub(crate) fn gate_file(&self) -> PathBuf {

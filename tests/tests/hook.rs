@@ -339,6 +339,35 @@ fn an_agent_that_is_killed_or_stopped_while_it_holds() -> Result<()> {
 }
 
 #[test]
+fn an_agent_that_is_replaced_while_it_holds_is_followed_by_the_next_one() -> Result<()> {
+    on_machine(|machine| {
+        let mut stage = Stage::new(machine)?;
+        for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+            for way in [Way::Wrapper, Way::Hook, Way::PlainWrapper] {
+                stage.scene.agent.policy("gated.yaml", &policy(HANGING, "closed"))?;
+                stage.run_agent()?;
+                let before = (stage.scene.redirected()?, stage.arrived());
+                let name = format!("followed-{signal}-{way:?}").to_lowercase();
+                let mut running = stage.begin(way, &name)?;
+                stage.until_held(way)?;
+                stage.scene.agent.stop(signal)?;
+                // What it waits for can be had now.
+                stage.scene.agent.policy("gated.yaml", &policy(RELAY, "closed"))?;
+                stage.run_agent()?;
+                let status = running.exit(SOON)?;
+                ensure!(status.success(), "{signal} {way:?}: {}", running.stderr()?);
+                wait_until("its connection", SOON, || stage.arrived() > before.1)?;
+                let now = (stage.scene.redirected()?, stage.arrived());
+                ensure!(now == (before.0 + 1, before.1 + 1), "{signal} {way:?}: {before:?}, then {now:?}");
+                stage.until_empty()?;
+                stage.scene.agent.stop(Signal::SIGTERM)?;
+            }
+        }
+        stage.end()
+    })
+}
+
+#[test]
 fn an_agent_that_hangs_is_not_waited_for_without_end() -> Result<()> {
     on_machine(|machine| {
         let mut stage = Stage::new(machine)?;

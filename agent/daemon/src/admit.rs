@@ -31,7 +31,7 @@ pub(crate) async fn main(args: AdmitArgs) -> anyhow::Result<ExitCode> {
     let request = read_request()?;
     let answer = match decide(&args, request.question).await {
         Ok(answer) => answer,
-        Err(error) => Answer::Undecided { message: format!("{error:#}") },
+        Err(error) => Answer::Undecided { message: format!("{error:#}"), leaving: false },
     };
     io::stdout().lock().write_all(&encode(&answer)?)?;
     Ok(ExitCode::SUCCESS)
@@ -177,7 +177,7 @@ mod tests {
             let (admitted, message) = match by_policy(&policies, &subject) {
                 Answer::Admit { message } => (true, message),
                 Answer::Refuse { message } => (false, Some(message)),
-                Answer::Undecided { message } => panic!("{message}"),
+                Answer::Undecided { message, .. } => panic!("{message}"),
             };
             assert_eq!(admitted, admits, "{name}");
             assert_eq!(message.is_some(), word.is_some(), "{name}: {message:?}");

@@ -68,7 +68,7 @@ impl AgentConfig {
 
     /// Locked while an agent runs.
     pub(crate) fn lock_file(&self) -> PathBuf {
-        self.paths.run_dir.join("agent.lock")
+        self.paths.run_dir.join(pillion_common::hook::LOCK)
     }
 }
 

@@ -3,7 +3,8 @@
 //! Owns the messages, their limits and their form on the wire. Never does IO, and never decides anything.
 //!
 //! The hook connects to [`SOCKET`] in the agent's run directory (only root may, and the agent looks at the peer's credentials), sends one
-//! frame with a [`Request`], and reads one with an [`Answer`]; then both close. A hook that closes earlier withdraws its question.
+//! frame with a [`Request`], and reads one with an [`Answer`]; then both close. A hook that closes earlier withdraws its question; one whose
+//! agent goes away asks the next one the same, with the time that is left.
 //! `pillion admit --offline` reads and writes the same frames on its standard input and output.
 //!
 //! A frame is a header of [`HEADER`] bytes and a body:
@@ -32,6 +33,8 @@ pub use request::{Container, ContainerId, Point, Question, Request, Spec, Stoppe
 
 /// Name of the agent's socket in its run directory.
 pub const SOCKET: &str = "gate.sock";
+/// Name of the file in its run directory that an agent holds with flock(2) from its beginning, before there is a socket, to its end.
+pub const LOCK: &str = "agent.lock";
 /// The agent's run directory, unless it is told otherwise.
 pub const RUN_DIRECTORY: &str = "/run/pillion";
 /// The agent's state directory, unless it is told otherwise.
@@ -62,6 +65,9 @@ pub enum Answer {
     Undecided {
         /// Why.
         message: String,
+        /// The agent is ending, and another one may be about to take its place: that one can be asked again.
+        #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+        leaving: bool,
     },
 }
 

@@ -51,7 +51,7 @@ fn messages_arrive_as_they_were_sent() {
         Answer::Admit { message: None },
         Answer::Admit { message: Some("open".into()) },
         Answer::Refuse { message: "pillion: no".into() },
-        Answer::Undecided { message: "ending".into() },
+        Answer::Undecided { message: "ending".into(), leaving: true },
     ] {
         assert_eq!(there_and_back(&answer).as_ref(), Ok(&answer));
     }

@@ -261,14 +261,18 @@ impl Controller {
         self.answer_gates_as(id, None);
     }
 
-    /// The agent ends: whoever waits is answered by the failure mode, and not left to what a gate does without an agent.
+    /// The agent ends: whoever waits is answered by the failure mode, and not left to what a gate does without an agent. But a
+    /// hook is not answered: it can wait for the next agent, and finds the failure mode by itself when none comes.
     pub(super) fn answer_all_gates(&mut self) {
         for id in self.workloads.keys().cloned().collect::<Vec<_>>() {
             self.answer_gates_as(&id, Some(ENDS));
         }
         // Those that were not looked at yet.
         self.inbox.holds.close();
-        while let Ok(Hold { workload, answer, .. }) = self.inbox.holds.try_recv() {
+        while let Ok(Hold { gate, workload, answer, .. }) = self.inbox.holds.try_recv() {
+            if can_ask_again(gate) {
+                continue;
+            }
             let plan = self.policies.as_ref().and_then(|policies| policies.plan_for(&workload.subject));
             let admission = plan.map_or(Admission::Unmatched, |plan| by_mode(plan, ENDS.to_owned()));
             // One that has given up needs no answer.
@@ -285,7 +289,7 @@ impl Controller {
         let now = Instant::now();
         let mut told = Vec::new();
         for waiting in std::mem::take(&mut entry.gates.waiting) {
-            if waiting.answer.is_closed() {
+            if waiting.answer.is_closed() || (ending.is_some() && can_ask_again(waiting.gate)) {
                 continue;
             }
             let late = (waiting.decide_by <= now).then_some(LATE);
@@ -340,6 +344,14 @@ impl Controller {
             // No process of it ever was, so no end of one would tell.
             self.ended(id);
         }
+    }
+}
+
+/// Whether who waits at this gate outlives the agent.
+fn can_ask_again(gate: Gate) -> bool {
+    match gate {
+        Gate::Hook | Gate::Wrapper | Gate::Systemd => true,
+        Gate::Run | Gate::Nri | Gate::Exec => false,
     }
 }
 

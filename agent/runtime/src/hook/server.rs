@@ -66,7 +66,7 @@ impl HookGate {
         Ok(Self { listener: listener?, gatekeeper, engines })
     }
 
-    /// Answers until told to stop; then tells those who wait that nobody decides. The socket file stays for the caller to
+    /// Answers until told to stop; then tells those who wait that nobody decides, and that another agent may. The socket file stays for the caller to
     /// remove.
     pub async fn run(self, stop: CancellationToken) {
         let places = Arc::new(Semaphore::new(MAX_HOOKS));
@@ -146,6 +146,13 @@ impl Asked {
                 tracing::warn!(error = message, "a hook's request was not taken");
                 undecided(message)
             }
+        };
+        let answer = match answer {
+            // The next agent can be asked.
+            Answer::Undecided { message, .. } if stop.is_cancelled() => {
+                Answer::Undecided { message, leaving: true }
+            }
+            answer => answer,
         };
         let written = async { to.write_all(&encode(&answer).map_err(io::Error::other)?).await };
         match timeout(WRITE_LIMIT, written).await {
@@ -270,7 +277,7 @@ fn told(admission: &Admission) -> Answer {
 }
 
 fn undecided(message: impl Into<String>) -> Answer {
-    Answer::Undecided { message: message.into() }
+    Answer::Undecided { message: message.into(), leaving: false }
 }
 
 async fn read(from: &mut OwnedReadHalf) -> Result<Request, ReadError> {

@@ -226,7 +226,7 @@ async fn nobody_waits_for_ever_and_nonsense_is_answered() {
     let mut gates = Gates::open();
     let stream = gates.ask(unit(), Duration::from_millis(250));
     let hold = gates.held().await;
-    let Answer::Undecided { message } = answer(stream).await else { panic!("nobody decided") };
+    let Answer::Undecided { message, .. } = answer(stream).await else { panic!("nobody decided") };
     assert!(message.contains("did not decide in time"), "{message}");
     drop(hold);
 
@@ -238,7 +238,7 @@ async fn nobody_waits_for_ever_and_nonsense_is_answered() {
     let stream = gates.ask(unit(), SOON);
     let hold = gates.held().await;
     gates.stop.cancel();
-    let Answer::Undecided { message } = answer(stream).await else { panic!("nobody decides") };
+    let Answer::Undecided { message, leaving: true } = answer(stream).await else { panic!("nobody decides") };
     assert!(message.contains("ending"), "{message}");
     drop(hold);
     timeout(SOON, gates.server).await.expect("it ends").expect("no panic");
