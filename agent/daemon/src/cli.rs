@@ -331,7 +331,8 @@ pub(crate) struct Etc {
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
 containerd, docker: adds a runtime `pillion`, which is the default one held at each start by pillion-hook; --default makes every \
-container start that way. podman, crio: adds OCI hooks for every container. The change is shown and checked, the file of before is \
+container start that way. With --by hook, containerd's runtime has no other program: its containers begin with a specification that \
+has the OCI hooks. podman, crio: adds OCI hooks for every container. The change is shown and checked, the file of before is \
 kept beside it, and what is to be restarted is said and not done. Doing it again changes nothing.
 
 Examples:
@@ -346,6 +347,9 @@ pub(crate) struct InstallHooksArgs {
     /// Hold every container, and not those alone that ask for the runtime `pillion`
     #[arg(long)]
     pub(crate) default: bool,
+    /// What holds containerd's containers
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) by: hooks::By,
     /// Only show what would be changed
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -13,7 +13,7 @@ use super::{
     file,
     install::HOOKS,
     record::{Changed, Record},
-    runtime::{NAME, Runtime, is_wrapper},
+    runtime::{NAME, Runtime, is_base, is_wrapper},
     wrapper::Wrapper,
 };
 
@@ -49,18 +49,29 @@ pub(crate) fn hooked(etc: &Path, runtime: Runtime) -> anyhow::Result<Vec<Hooked>
         let Some(text) = file::read(&changed.path)? else { continue };
         let file = changed.path.clone();
         match runtime.config() {
+            // The settings that name it are in another file.
+            Some(_) if is_base(&file) => {}
             Some((_, language)) => {
                 let found = found(language, &text).with_context(|| file.display().to_string())?;
-                all.extend(found.into_iter().map(|Found { class, link, default, .. }| Hooked {
-                    program: link,
-                    file: file.clone(),
-                    all: default || class != NAME,
-                }));
+                for Found { class, link, default, .. } in found {
+                    let program = if is_base(&link) { base_program(&link)? } else { link };
+                    all.push(Hooked { program, file: file.clone(), all: default || class != NAME });
+                }
             }
             None => all.extend(hook_program(&text).map(|program| Hooked { program, file, all: true })),
         }
     }
     Ok(all)
+}
+
+/// The program that a specification with hooks calls; the specification itself when it does not say.
+fn base_program(path: &Path) -> anyhow::Result<PathBuf> {
+    let text = file::read(path)?.unwrap_or_default();
+    let value: Value = serde_json::from_str(&text).unwrap_or_default();
+    let hooks = value.pointer("/hooks/createRuntime").and_then(Value::as_array);
+    let programs = hooks.into_iter().flatten().filter_map(|hook| hook.get("path")?.as_str());
+    let ours = programs.map(PathBuf::from).find(|path| path.ends_with("pillion-hook"));
+    Ok(ours.unwrap_or_else(|| path.to_owned()))
 }
 
 /// A record made up from what is there; `None` when nothing of Pillion is.
@@ -76,7 +87,11 @@ pub(crate) fn record(etc: &Path, runtime: Runtime) -> anyhow::Result<Option<Reco
             for one in found {
                 undo.set.extend(one.undo(language, &Wrapper::at(&one.link, etc)));
                 undo.made.extend(one.above);
-                record.wrapper = Some(one.link);
+                if !is_base(&one.link) {
+                    record.wrapper = Some(one.link);
+                } else if let Some(after) = file::read(&one.link)? {
+                    record.files.push(Changed { path: one.link, before: None, after, undo: None });
+                }
             }
             if !undo.set.is_empty() {
                 // No text is `after`: so the settings are taken out one by one.
@@ -96,9 +111,10 @@ pub(crate) fn record(etc: &Path, runtime: Runtime) -> anyhow::Result<Option<Reco
     Ok(Some(record).filter(|record| !record.files.is_empty()))
 }
 
-/// A runtime of the configuration that is a wrapper.
+/// A runtime of the configuration that is a wrapper, or begins with a specification that has hooks.
 struct Found {
     class: String,
+    /// The wrapper, or the specification.
     link: PathBuf,
     default: bool,
     /// Where it is, and its whole table.
@@ -116,6 +132,7 @@ impl Found {
         } else {
             let name: &[&str] = match language {
                 Language::Json => &["path"],
+                Language::Toml if is_base(&self.link) => &["base_runtime_spec"],
                 Language::Toml => &["options", "BinaryName"],
             };
             let path = self.path.iter().cloned().chain(name.iter().map(|&name| name.to_owned()));
@@ -144,14 +161,15 @@ fn found(language: Language, text: &str) -> anyhow::Result<Vec<Found>> {
         let place: Vec<String> = place.iter().map(|&name| name.to_owned()).collect();
         let Some(Value::Object(classes)) = get(&place) else { continue };
         for (class, table) in classes {
+            let text = |value: Option<&Value>| value.and_then(Value::as_str).map(PathBuf::from);
             let program = match language {
-                Language::Json => table.get("path"),
-                Language::Toml => table.get("options").and_then(|options| options.get("BinaryName")),
+                Language::Json => text(table.get("path")),
+                Language::Toml => text(table.get("options").and_then(|options| options.get("BinaryName"))),
             };
-            let Some(link) = program.and_then(Value::as_str).map(PathBuf::from) else { continue };
-            if !is_wrapper(&link) {
+            let base = text(table.get("base_runtime_spec"));
+            let Some(link) = program.filter(|it| is_wrapper(it)).or(base.filter(|it| is_base(it))) else {
                 continue;
-            }
+            };
             let default = match language {
                 Language::Json => get(&["default-runtime".to_owned()]),
                 Language::Toml => {
@@ -204,6 +222,15 @@ mod tests {
                 2,
                 "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\nruntime_type = 'x'\n\
                  [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc.options]\n",
+            ),
+            (
+                Language::Toml,
+                "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\nruntime_type = 'x'\n\
+                 base_runtime_spec = '/etc/pillion/pillion-base-spec.json'\n\
+                 [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.own]\nbase_runtime_spec = '/own.json'\n",
+                1,
+                "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\nruntime_type = 'x'\n\
+                 [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.own]\nbase_runtime_spec = '/own.json'\n",
             ),
         ] {
             let found = found(language, text).unwrap();

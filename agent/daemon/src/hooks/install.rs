@@ -1,9 +1,12 @@
 //! Puts hooks into a runtime's configuration.
 //!
 //! Owns the order: first everything is read and worked out, then shown, then checked by the runtime's own program, and only then
-//! written: the wrapper, the record, the back-up, the file.
+//! written: the wrapper, the record, the back-up, the files.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context as _, bail};
 
@@ -12,7 +15,7 @@ use super::{
     edit, existing,
     file::{self, Draft},
     record::{Changed, Record},
-    runtime::{self, Runtime},
+    runtime::{self, By, Classes, Runtime},
     show, validate,
     wrapper::Wrapper,
 };
@@ -41,6 +44,14 @@ impl Planned {
 
 /// `pillion install-hooks`.
 pub(crate) fn main(args: &InstallHooksArgs) -> anyhow::Result<()> {
+    if args.by == By::Hook {
+        if args.runtime != Runtime::Containerd {
+            bail!("--by is for containerd: {} has one way", args.runtime);
+        }
+        if args.real.is_some() || args.link_dir.is_some() {
+            bail!("--real and --link-dir are for the wrapper");
+        }
+    }
     let hook = hook(args)?;
     let old = Record::read(&args.etc.etc, args.runtime)?;
     let installation = match args.runtime.config() {
@@ -110,6 +121,15 @@ fn settings(
     };
     let text = before.as_deref().unwrap_or_default();
     let real = args.real.clone();
+    if args.by == By::Hook {
+        let base = base(args, text, hook).with_context(about)?;
+        let wanted =
+            runtime::containerd_by_hook(text, args.default, &base.changed.path).with_context(about)?;
+        let (after, undo) = edit::apply(language, text, &wanted).with_context(about)?;
+        let changed = Changed { path, before, after, undo: Some((language, undo)) };
+        // The specification first: the settings never name what is not there.
+        return Ok(Installation { files: vec![base, Planned { now, changed }], wrapper: None });
+    }
     let wanted = match args.runtime {
         Runtime::Docker => runtime::docker(text, args.default, real),
         Runtime::Containerd => runtime::containerd(text, args.default, real),
@@ -124,19 +144,46 @@ fn settings(
     Ok(Installation { files: vec![Planned { now, changed }], wrapper: Some(wrapper) })
 }
 
+/// The specification that containers are to begin with: the one of before with hooks.
+fn base(args: &InstallHooksArgs, settings: &str, hook: &Path) -> anyhow::Result<Planned> {
+    let spec = match Classes::parse(settings)?.base() {
+        Some(own) => file::read(&own)?.with_context(|| format!("there is no {}", own.display()))?,
+        None => default_spec()?,
+    };
+    let after = runtime::with_hooks(&spec, hook, &places(args))
+        .context("the specification that containers begin with cannot have hooks")?;
+    let path = args.etc.etc.join(runtime::BASE);
+    let now = file::read(&path)?;
+    Ok(Planned { now, changed: Changed { path, before: None, after, undo: None } })
+}
+
+/// What containerd of this version takes where nothing is configured, by its own program.
+fn default_spec() -> anyhow::Result<String> {
+    let ctr = runtime::in_path("ctr").context("containerd's ctr tells which specification it takes")?;
+    let output = Command::new(&ctr).args(["oci", "spec"]).stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("cannot run {}", ctr.display()))?;
+    if !output.status.success() {
+        bail!("{} oci spec: {}", ctr.display(), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("{} oci spec", ctr.display()))
+}
+
+/// Where the agent is, when not where hooks look by themselves.
+fn places(args: &InstallHooksArgs) -> Vec<String> {
+    if args.paths.are_usual() {
+        return Vec::new();
+    }
+    let shown = |path: &Path| path.to_string_lossy().into_owned();
+    let (run, state) = (shown(&args.paths.run_dir), shown(&args.paths.state_dir));
+    vec!["--run-dir".to_owned(), run, "--state-dir".to_owned(), state]
+}
+
 fn hooks(args: &InstallHooksArgs, hook: &Path) -> anyhow::Result<Installation> {
     if args.default || args.real.is_some() || args.link_dir.is_some() {
         bail!("{} has hooks and no wrapper: --default, --real and --link-dir are for others", args.runtime);
     }
     let directory = args.config.clone().unwrap_or_else(|| HOOKS.into());
-    let places = if args.paths.are_usual() {
-        Vec::new()
-    } else {
-        let shown = |path: &Path| path.to_string_lossy().into_owned();
-        let (run, state) = (shown(&args.paths.run_dir), shown(&args.paths.state_dir));
-        vec!["--run-dir".to_owned(), run, "--state-dir".to_owned(), state]
-    };
-    let files = runtime::hooks(hook, &places).into_iter().map(|(name, after)| {
+    let files = runtime::hooks(hook, &places(args)).into_iter().map(|(name, after)| {
         let path = directory.join(name);
         let now = file::read(&path)?;
         if now.as_ref().is_some_and(|now| !existing::is_our_hook(now)) {
@@ -160,7 +207,9 @@ fn carry_out(
         let path = &planned.changed.path;
         let made = file::make_directory(path.parent().unwrap_or(Path::new("/")))?;
         let draft = Draft::write(path, &planned.changed.after)?;
-        if let Err(error) = validate(args.runtime, draft.place()) {
+        // What is Pillion's as a whole is no file of settings.
+        let valid = planned.changed.undo.as_ref().map_or(Ok(()), |_| validate(args.runtime, draft.place()));
+        if let Err(error) = valid {
             drop(draft);
             made.iter().rev().for_each(|directory| file::remove_empty(directory));
             return Err(error.context("the runtime does not take this; nothing was changed"));
@@ -188,7 +237,15 @@ fn carry_out(
         }
         draft.replace()?;
     }
-    // Of an earlier installation for another runtime program.
+    // Of an earlier installation in another way.
+    for file in old.iter().flat_map(|old| &old.files).filter(|file| file.undo.is_none()) {
+        if !record.files.iter().any(|new| new.path == file.path)
+            && file::read(&file.path)?.as_ref() == Some(&file.after)
+        {
+            file::remove(&file.path)?;
+        }
+    }
+    // And for another runtime program.
     if let Some(old) = old.and_then(|old| old.wrapper).filter(|link| Some(link) != record.wrapper.as_ref())
         && !super::is_named(&old, &args.etc.etc)
     {

@@ -29,7 +29,7 @@ use crate::{
 
 pub(crate) use existing::{Hooked, hooked};
 use record::Record;
-pub(crate) use runtime::Runtime;
+pub(crate) use runtime::{By, Runtime};
 
 /// Where records and wrappers' files are, unless the environment says otherwise.
 pub(crate) const ETC: &str = "/etc/pillion";

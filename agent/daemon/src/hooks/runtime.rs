@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -81,6 +81,16 @@ impl fmt::Display for Runtime {
     }
 }
 
+/// What holds containerd's containers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum By {
+    /// A program in the place of the runtime (`BinaryName`): all of its containers, pods' sandboxes too, when they are started.
+    #[default]
+    Wrapper,
+    /// An OCI hook in the specification that containers begin with (`base_runtime_spec`): the containers of pods, when they are created.
+    Hook,
+}
+
 /// The real runtime that a wrapper is to stand for, by the settings, and the settings that make it so.
 #[derive(Debug)]
 pub(crate) struct Wanted {
@@ -92,19 +102,24 @@ pub(crate) struct Wanted {
 
 #[derive(Debug)]
 enum Slot {
-    Wrapper,
+    /// The path of what is made for it: the wrapper, or the specification.
+    Place,
     Fixed(Value),
 }
 
 impl Wanted {
     /// The settings, for a wrapper at this path.
     pub(crate) fn settings(&self, wrapper: &Path) -> Vec<Setting> {
-        let value = |slot: &Slot| match slot {
-            Slot::Wrapper => Value::from(wrapper.to_string_lossy().as_ref()),
-            Slot::Fixed(value) => value.clone(),
-        };
-        self.settings.iter().map(|(path, slot)| Setting { path: path.clone(), value: value(slot) }).collect()
+        filled(&self.settings, wrapper)
     }
+}
+
+fn filled(settings: &[(Vec<String>, Slot)], place: &Path) -> Vec<Setting> {
+    let value = |slot: &Slot| match slot {
+        Slot::Place => Value::from(place.to_string_lossy().as_ref()),
+        Slot::Fixed(value) => value.clone(),
+    };
+    settings.iter().map(|(path, slot)| Setting { path: path.clone(), value: value(slot) }).collect()
 }
 
 /// What Docker's settings are to be. The wrapper stands for the runtime that is the default now.
@@ -124,73 +139,149 @@ pub(crate) fn docker(text: &str, default: bool, real: Option<PathBuf>) -> anyhow
         },
     };
     let path = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
-    let mut settings = vec![(path(&["runtimes", NAME, "path"]), Slot::Wrapper)];
+    let mut settings = vec![(path(&["runtimes", NAME, "path"]), Slot::Place)];
     if default {
         settings.push((path(&["default-runtime"]), Slot::Fixed(json!(NAME))));
     }
     Ok(Wanted { real, settings })
 }
 
+/// containerd's settings, as far as they are about runtimes.
+pub(crate) struct Classes {
+    document: Document,
+    section: [&'static str; 3],
+    /// The default class.
+    class: String,
+}
+
+impl Classes {
+    /// Reads them; an error when they cannot have another class, or their default one is of a kind that calls no program.
+    pub(crate) fn parse(text: &str) -> anyhow::Result<Self> {
+        let document = Document::parse(Language::Toml, text)?;
+        let version = document.get(&["version".to_owned()]);
+        let version = version.map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+        let plugin = match version.as_deref() {
+            // Without it the file would be of version 1. containerd takes numbers and nothing else here.
+            None if text.trim().is_empty() => bail!(
+                "there is no configuration yet\nmake one first: containerd config default > /etc/containerd/config.toml"
+            ),
+            Some("2") => "io.containerd.grpc.v1.cri",
+            Some("3") => "io.containerd.cri.v1.runtime",
+            Some("1") | None => bail!(
+                "it is of version 1, which has no runtime classes\nconvert it first: containerd config migrate"
+            ),
+            Some(other) => bail!("it is of version {other}, which this release does not know"),
+        };
+        let mut classes = Self { document, section: ["plugins", plugin, "containerd"], class: String::new() };
+        classes.class = classes.text(&["default_runtime_name"]).unwrap_or_else(|| "runc".to_owned());
+        let kind = classes.of_default(&["runtime_type"]).unwrap_or_else(|| RUNC_V2.to_owned());
+        if kind != RUNC_V2 {
+            bail!(
+                "its runtime {} is of type {kind}, and only {RUNC_V2} calls a program that can be wrapped",
+                classes.class
+            );
+        }
+        Ok(classes)
+    }
+
+    fn path(&self, rest: &[&str]) -> Vec<String> {
+        self.section.iter().chain(rest).map(|&name| name.to_owned()).collect()
+    }
+
+    /// A text that is not empty.
+    fn text(&self, rest: &[&str]) -> Option<String> {
+        let value = self.document.get(&self.path(rest));
+        value.and_then(|value| value.as_str().map(str::to_owned)).filter(|text| !text.is_empty())
+    }
+
+    fn of_default(&self, rest: &[&str]) -> Option<String> {
+        self.text(&[&["runtimes", self.class.as_str()], rest].concat())
+    }
+
+    /// The program of the default class, unless it is a wrapper.
+    fn program(&self) -> Option<String> {
+        self.of_default(&["options", "BinaryName"]).filter(|name| !is_wrapper(Path::new(name)))
+    }
+
+    /// The specification that the default class begins with, unless that is Pillion's.
+    pub(crate) fn base(&self) -> Option<PathBuf> {
+        self.of_default(&["base_runtime_spec"]).map(PathBuf::from).filter(|path| !is_base(path))
+    }
+
+    /// Settings of the class that is to be held: the default one, or another beside it that is like it in the rest.
+    fn settings(&self, default: bool, own: Vec<(&[&str], Slot)>) -> Vec<(Vec<String>, Slot)> {
+        let name = if default { self.class.as_str() } else { NAME };
+        let at = |rest: &[&str]| self.path(&[&["runtimes", name], rest].concat());
+        let mut settings = vec![(at(&["runtime_type"]), Slot::Fixed(json!(RUNC_V2)))];
+        settings.extend(own.into_iter().map(|(rest, slot)| (at(rest), slot)));
+        let options = self.document.get(&self.path(&["runtimes", &self.class, "options"]));
+        if !default && let Some(options) = options.as_ref().and_then(Value::as_object) {
+            for (key, value) in options.iter().filter(|(_, value)| value.is_boolean()) {
+                settings.push((at(&["options", key]), Slot::Fixed(value.clone())));
+            }
+        }
+        settings
+    }
+}
+
 /// What containerd's settings are to be: another runtime class beside the default one, like it in all but its program; or the
 /// default one's program.
 pub(crate) fn containerd(text: &str, default: bool, real: Option<PathBuf>) -> anyhow::Result<Wanted> {
-    let document = Document::parse(Language::Toml, text)?;
-    let get = |path: &[&str]| {
-        let path: Vec<String> = path.iter().map(|&name| name.to_owned()).collect();
-        document.get(&path)
-    };
-    let version =
-        get(&["version"]).map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned));
-    let plugin = match version.as_deref() {
-        Some("2") => "io.containerd.grpc.v1.cri",
-        Some("3") => "io.containerd.cri.v1.runtime",
-        None if text.trim().is_empty() => "io.containerd.grpc.v1.cri",
-        Some("1") | None => {
-            bail!(
-                "it is of version 1, which has no runtime classes\nconvert it first: containerd config migrate"
-            )
-        }
-        Some(other) => bail!("it is of version {other}, which this release does not know"),
-    };
-    let section = ["plugins", plugin, "containerd"];
-    let text_at = |path: &[&str]| {
-        get(&[&section[..], path].concat()).and_then(|value| value.as_str().map(str::to_owned))
-    };
-    let class = text_at(&["default_runtime_name"]).unwrap_or_else(|| "runc".to_owned());
-    let kind = text_at(&["runtimes", &class, "runtime_type"]).unwrap_or_else(|| RUNC_V2.to_owned());
-    if kind != RUNC_V2 {
-        bail!(
-            "its runtime {class} is of type {kind}, and only {RUNC_V2} calls a program that can be wrapped"
-        );
-    }
-    let options = get(&[&section[..], &["runtimes", &class, "options"]].concat());
-    let configured = text_at(&["runtimes", &class, "options", "BinaryName"]);
-    let configured = configured.filter(|name| !name.is_empty() && !is_wrapper(Path::new(name)));
+    let classes = Classes::parse(text)?;
     let real = match real {
         Some(real) => real,
-        None => in_path(configured.as_deref().unwrap_or("runc"))?,
+        None => in_path(classes.program().as_deref().unwrap_or("runc"))?,
     };
+    let program: &[&str] = &["options", "BinaryName"];
+    Ok(Wanted { real, settings: classes.settings(default, vec![(program, Slot::Place)]) })
+}
 
-    let at = |name: &str, rest: &[&str]| {
-        let path = [&section[..], &["runtimes", name], rest].concat();
-        path.into_iter().map(str::to_owned).collect::<Vec<String>>()
+/// What they are to be where the specification has the hooks: the same class, but for the specification it begins with.
+pub(crate) fn containerd_by_hook(text: &str, default: bool, base: &Path) -> anyhow::Result<Vec<Setting>> {
+    let classes = Classes::parse(text)?;
+    let mut own: Vec<(&[&str], Slot)> = vec![(&["base_runtime_spec"], Slot::Place)];
+    if let Some(program) = classes.program().filter(|_| !default) {
+        own.push((&["options", "BinaryName"], Slot::Fixed(json!(program))));
+    }
+    Ok(filled(&classes.settings(default, own), base))
+}
+
+/// The name of the specification with hooks.
+pub(crate) const BASE: &str = "pillion-base-spec.json";
+
+/// Whether a specification is, by its name, Pillion's.
+pub(crate) fn is_base(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name == BASE)
+}
+
+/// A specification with hooks, made of one without. Those that it has stay, and come first.
+pub(crate) fn with_hooks(spec: &str, hook: &Path, places: &[String]) -> anyhow::Result<String> {
+    let mut spec: Value = serde_json::from_str(spec).context("it is not valid JSON")?;
+    let Some(root) = spec.as_object_mut().filter(|root| root.contains_key("ociVersion")) else {
+        bail!("it is not a specification of a container: it has no ociVersion");
     };
-    let mut settings = Vec::new();
-    if text.trim().is_empty() {
-        // Without it the file would be of version 1. containerd takes numbers and nothing else here.
-        bail!(
-            "there is no configuration yet\nmake one first: containerd config default > /etc/containerd/config.toml"
-        );
+    let hooks = root.entry("hooks").or_insert_with(|| json!({}));
+    if hooks.is_null() {
+        *hooks = json!({});
     }
-    let name = if default { class.as_str() } else { NAME };
-    settings.push((at(name, &["runtime_type"]), Slot::Fixed(json!(RUNC_V2))));
-    settings.push((at(name, &["options", "BinaryName"]), Slot::Wrapper));
-    if !default && let Some(options) = options.as_ref().and_then(Value::as_object) {
-        for (key, value) in options.iter().filter(|(key, value)| *key != "BinaryName" && value.is_boolean()) {
-            settings.push((at(NAME, &["options", key]), Slot::Fixed(value.clone())));
+    for point in POINTS {
+        let hooks = hooks.as_object_mut().context("its hooks are no table")?;
+        let list = hooks.entry(point).or_insert_with(|| json!([]));
+        if list.is_null() {
+            *list = json!([]);
         }
+        let list = list.as_array_mut().with_context(|| format!("its hooks {point} are no list"))?;
+        list.push(json!({ "path": hook, "args": arguments(hook, places, point) }));
     }
-    Ok(Wanted { real, settings })
+    Ok(format!("{spec:#}\n"))
+}
+
+/// Where the hooks are called.
+const POINTS: [&str; 2] = ["createRuntime", "poststop"];
+
+fn arguments(hook: &Path, places: &[String], point: &str) -> Vec<String> {
+    let program = hook.to_string_lossy().into_owned();
+    [program].into_iter().chain(places.iter().cloned()).chain([point.to_owned()]).collect()
 }
 
 /// The shim that calls a program of runc's command line.
@@ -199,19 +290,15 @@ const RUNC_V2: &str = "io.containerd.runc.v2";
 /// The OCI hooks, by the name of their file. One file has one program with one list of arguments.
 pub(crate) fn hooks(hook: &Path, places: &[String]) -> Vec<(&'static str, String)> {
     let file = |point: &str| {
-        let program = hook.to_string_lossy();
-        let mut arguments = vec![program.to_string()];
-        arguments.extend(places.iter().cloned());
-        arguments.push(point.to_owned());
         let json = json!({
             "version": "1.0.0",
-            "hook": { "path": program, "args": arguments },
+            "hook": { "path": hook, "args": arguments(hook, places, point) },
             "when": { "always": true },
             "stages": [point],
         });
         format!("{json:#}\n")
     };
-    vec![("pillion.json", file("createRuntime")), ("pillion-poststop.json", file("poststop"))]
+    vec![("pillion.json", file(POINTS[0])), ("pillion-poststop.json", file(POINTS[1]))]
 }
 
 /// Whether a program is, by its name, a wrapper of Pillion's.
@@ -300,6 +387,62 @@ mod tests {
         ] {
             let error = containerd(text, true, Some("/bin/sh".into())).unwrap_err().to_string();
             assert!(error.contains(words), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_class_may_begin_with_a_specification_that_has_hooks() {
+        let runc = "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\nruntime_type = 'io.containerd.runc.v2'\n";
+        let options = "[plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc.options]\nSystemdCgroup = true\nBinaryName = '/r/runc'\n";
+        let shown = |text: &str, default| -> Vec<String> {
+            let settings = containerd_by_hook(text, default, Path::new("/e/base.json")).unwrap();
+            settings.iter().map(|it| format!("{}={}", it.path[4..].join("."), it.value)).collect()
+        };
+        assert_eq!(
+            shown(&format!("{runc}{options}"), false),
+            [
+                "pillion.runtime_type=\"io.containerd.runc.v2\"",
+                "pillion.base_runtime_spec=\"/e/base.json\"",
+                "pillion.options.BinaryName=\"/r/runc\"",
+                "pillion.options.SystemdCgroup=true"
+            ]
+        );
+        assert_eq!(
+            shown(&format!("{runc}{options}"), true),
+            ["runc.runtime_type=\"io.containerd.runc.v2\"", "runc.base_runtime_spec=\"/e/base.json\""]
+        );
+        for (spec, base) in
+            [("", None), ("/own.json", Some("/own.json")), ("/e/pillion-base-spec.json", None)]
+        {
+            let text = format!("{runc}base_runtime_spec = '{spec}'\n");
+            assert_eq!(Classes::parse(&text).unwrap().base(), base.map(PathBuf::from));
+        }
+    }
+
+    #[test]
+    fn hooks_are_added_to_those_that_are_there() {
+        let hook = Path::new("/usr/bin/pillion-hook");
+        for (spec, others) in [
+            (r#"{"ociVersion":"1.0.2"}"#, 0),
+            (r#"{"ociVersion":"1.0.2","hooks":null}"#, 0),
+            (r#"{"ociVersion":"1.0.2","hooks":{"createRuntime":null}}"#, 0),
+            (r#"{"ociVersion":"1.0.2","hooks":{"createRuntime":[{"path":"/x"}],"prestart":[]}}"#, 1),
+        ] {
+            let text = with_hooks(spec, hook, &["--run-dir".into(), "/r".into()]).unwrap();
+            let value: Value = serde_json::from_str(&text).unwrap();
+            let create = value["hooks"]["createRuntime"].as_array().unwrap();
+            assert_eq!(create.len(), others + 1, "{text}");
+            assert_eq!(create[others]["args"], json!([hook, "--run-dir", "/r", "createRuntime"]));
+            assert_eq!(value["hooks"]["poststop"][0]["path"], json!(hook));
+        }
+        for bad in [
+            "",
+            "[]",
+            "{}",
+            r#"{"ociVersion":"1","hooks":[]}"#,
+            r#"{"ociVersion":"1","hooks":{"poststop":{}}}"#,
+        ] {
+            assert!(with_hooks(bad, hook, &[]).is_err(), "{bad}");
         }
     }
 

@@ -12,7 +12,7 @@ use super::{
     file::{self, Draft},
     is_named,
     record::{Changed, Record},
-    runtime::Runtime,
+    runtime::{Runtime, is_base},
     show, validate,
     wrapper::{Gone, Wrapper},
 };
@@ -32,7 +32,8 @@ pub(crate) fn uninstall(etc: &Path, runtime: Runtime, dry_run: bool) -> anyhow::
         None => existing::record(etc, runtime)?,
     };
     let Some(record) = record else { return Ok(false) };
-    for changed in &record.files {
+    // The settings before what they name.
+    for changed in record.files.iter().rev() {
         restore(runtime, changed, dry_run)?;
     }
     if dry_run {
@@ -75,7 +76,7 @@ fn restore(runtime: Runtime, changed: &Changed, dry_run: bool) -> anyhow::Result
             }
             Some(text)
         }
-        None if existing::is_our_hook(&now) => None,
+        None if existing::is_our_hook(&now) || is_base(path) => None,
         None => {
             note(format_args!("{} is not of Pillion any more; it stays", path.display()));
             return Ok(());
