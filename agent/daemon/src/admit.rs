@@ -49,6 +49,7 @@ fn read_request() -> anyhow::Result<Request> {
 
 async fn decide(args: &AdmitArgs, question: Question) -> anyhow::Result<Answer> {
     let policies = last_good::copied(&args.state_dir)?;
+    let mut partly = None;
     let (id, subject) = match question {
         Question::Container(container) => {
             let containerd = match args.containerd_socket.get() {
@@ -64,6 +65,10 @@ async fn decide(args: &AdmitArgs, question: Question) -> anyhow::Result<Answer> 
             let engines = Engines { containerd, docker, podman, units: None };
             match engines.resolve(&container).await {
                 Ok(Resolved::Container(workload) | Resolved::Member(workload)) => {
+                    (workload.id, workload.subject)
+                }
+                Ok(Resolved::Partly(workload, what)) => {
+                    partly = Some(what);
                     (workload.id, workload.subject)
                 }
                 // Its containers are asked for one by one.
@@ -91,7 +96,11 @@ async fn decide(args: &AdmitArgs, question: Question) -> anyhow::Result<Answer> 
     if detached.contains(&id) {
         return Ok(Answer::Admit { message: None });
     }
-    Ok(by_policy(&policies, &subject))
+    match partly {
+        // What is known selects it for no policy; what is not known may.
+        Some(what) if policies.plan_for(&subject).is_none() => Ok(without_identity(&policies, &what)),
+        Some(_) | None => Ok(by_policy(&policies, &subject)),
+    }
 }
 
 /// What it runs is a thing that policies select on, and only systemd knows it.

@@ -25,6 +25,8 @@ use crate::{
 pub enum Resolved {
     /// A workload of its own.
     Container(Box<Workload>),
+    /// The same, of which not all is known that policies select on: another policy may be the one than this says.
+    Partly(Box<Workload>, Box<Unidentified>),
     /// The sandbox of a pod: this is the pod. What is held runs `pause`, and nothing of the pod is there yet.
     Sandbox(Box<Workload>),
     /// A container of a pod: this is the pod.

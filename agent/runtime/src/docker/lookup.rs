@@ -3,7 +3,7 @@
 //! Owns the question. Never asks what would wait for the container's start, which waits for the gate.
 
 use futures_util::future::BoxFuture;
-use pillion_workload::{InvalidName, Subject};
+use pillion_workload::{Facet, InvalidName, Subject};
 use tokio::io::AsyncReadExt as _;
 
 use super::{
@@ -62,11 +62,12 @@ impl EngineLookup {
         let engine = self.engine;
         let found = self.subject(&id).await;
         let found = found.map_err(|error| LookupError::Engine { engine, source: error.into() })?;
-        let Some(subject) = found else { return Ok(None) };
-        Ok(Some(Described { id: engine.workload_id(&subject.name)?, subject }))
+        let Some((subject, unknown)) = found else { return Ok(None) };
+        Ok(Some(Described { id: engine.workload_id(&subject.name)?, subject, unknown }))
     }
 
-    async fn subject(&self, id: &ContainerId) -> Result<Option<Subject>, ClientError> {
+    async fn subject(&self, id: &ContainerId) -> Result<Option<(Subject, Vec<Facet>)>, ClientError> {
+        let mut unknown = Vec::new();
         let Some(summary) = self.client.summary(id).await? else { return Ok(None) };
         let Some(mut subject) = summary.subject(self.engine) else { return Ok(None) };
         if summary.image_is_digest() {
@@ -74,6 +75,7 @@ impl EngineLookup {
                 Ok(image) => subject.image = image.or(subject.image),
                 Err(error) => {
                     let error = chain(&*error);
+                    unknown.push(Facet::Image);
                     tracing::warn!(
                         container = %id,
                         error,
@@ -82,7 +84,7 @@ impl EngineLookup {
                 }
             }
         }
-        Ok(Some(subject))
+        Ok(Some((subject, unknown)))
     }
 
     /// The name that a container was made from is told by an inspection, which would wait, and by Docker's own file.

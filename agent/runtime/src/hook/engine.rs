@@ -5,7 +5,7 @@
 use std::{error::Error, fmt, time::Duration};
 
 use futures_util::future::BoxFuture;
-use pillion_workload::{Pid, Subject, Workload, WorkloadId};
+use pillion_workload::{Facet, Pid, Subject, Workload, WorkloadId};
 
 /// Why there is no answer; its own text says by whom.
 pub type AskError = Box<dyn Error + Send + Sync>;
@@ -17,6 +17,8 @@ pub struct Described {
     pub id: WorkloadId,
     /// What policies select on.
     pub subject: Subject,
+    /// What of that could not be found out.
+    pub unknown: Vec<Facet>,
 }
 
 /// An engine that can describe a container of its own while it is being started.

@@ -6,7 +6,9 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use pillion_common::hook::{Container, ContainerId, Spec};
-use pillion_workload::{Instance, InvalidName, Pid, RuntimeKind, Sighting, Subject, Workload, WorkloadId};
+use pillion_workload::{
+    Facet, Instance, InvalidName, Pid, RuntimeKind, Sighting, Subject, Workload, WorkloadId,
+};
 
 use super::{
     crio::{self, CrioError},
@@ -105,7 +107,7 @@ impl Engines {
                 let instance = self.instance(container)?;
                 let name = format!("{}/{}-{}", RuntimeKind::Process, pid, instance.process.started.0);
                 let subject = subject(RuntimeKind::Process, id, spec);
-                return Ok(whole(Described { id: name.try_into()?, subject }, instance));
+                return Ok(whole(Described { id: name.try_into()?, subject, unknown: Vec::new() }, instance));
             }
         };
         Ok(whole(described, self.instance(container)?))
@@ -156,18 +158,29 @@ fn whole(described: Described, instance: Instance) -> Resolved {
     let shared = Cgroup2Mounts::discover().is_ok_and(|mounts| instance.cgroup.path == mounts.mount_point());
     if shared {
         let why = "it runs in the root cgroup, and what is attached there is attached to everything";
-        let Described { id, subject } = described;
+        let Described { id, subject, unknown } = described;
         let reason = format!("container {} cannot be attached: {why}", subject.name);
-        let sightings = vec![Sighting::from(subject)];
+        let sightings = vec![Sighting { subject, unknown }];
         return Resolved::Unreachable(Box::new(Unidentified { id: Some(id), sightings, reason }));
     }
-    let Described { id, subject } = described;
-    Resolved::Container(Box::new(Workload { id, subject, instance }))
+    let Described { id, subject, unknown } = described;
+    let reason =
+        format!("of container {} it is not known what policies select on: {unknown:?}", subject.name);
+    let what = (!unknown.is_empty()).then(|| {
+        let sightings = vec![Sighting { subject: subject.clone(), unknown }];
+        Box::new(Unidentified { id: Some(id.clone()), sightings, reason })
+    });
+    let workload = Box::new(Workload { id, subject, instance });
+    match what {
+        Some(what) => Resolved::Partly(workload, what),
+        None => Resolved::Container(workload),
+    }
 }
 
 fn by_specification(runtime: RuntimeKind, id: &ContainerId, spec: &Spec) -> Result<Described, ResolveError> {
     let name: WorkloadId = format!("{runtime}/{}", id.id).try_into()?;
-    Ok(Described { id: name, subject: subject(runtime, id, spec) })
+    let unknown = vec![Facet::Name, Facet::Labels, Facet::Image];
+    Ok(Described { id: name, subject: subject(runtime, id, spec), unknown })
 }
 
 /// What the specification says: neither labels nor an image.
@@ -226,7 +239,7 @@ mod tests {
 
     async fn resolved(engines: &Engines, bundle: &str) -> Result<(String, Option<PathBuf>), ResolveError> {
         match engines.resolve(&held(bundle)).await? {
-            Resolved::Container(workload) => {
+            Resolved::Container(workload) | Resolved::Partly(workload, _) => {
                 Ok((workload.id.as_str().to_owned(), workload.subject.executable.clone()))
             }
             // Where tests run in the root cgroup.
@@ -267,6 +280,28 @@ mod tests {
         }
         let (found, _) = resolved(&Engines::default(), "/home/me/bundle").await.expect("described");
         assert!(found.starts_with("process/"), "{found}");
+    }
+
+    #[test]
+    fn of_what_is_known_in_part_more_policies_may_be_the_one() {
+        let instance = || Instance {
+            cgroup: pillion_workload::Cgroup { id: pillion_workload::CgroupId(1), path: "/cg/c1".into() },
+            netns: pillion_workload::NetnsId { device: 1, inode: 1 },
+            process: pillion_workload::ProcessId { pid: Pid(1), started: pillion_workload::StartTime(1) },
+        };
+        let container = ContainerId { id: "c1".into(), bundle: "/".into(), root: None };
+        let described = by_specification(RuntimeKind::Podman, &container, &Spec::default()).expect("valid");
+        let Resolved::Partly(workload, what) = whole(described.clone(), instance()) else {
+            panic!("labels are not known")
+        };
+        assert_eq!((workload.id.as_str(), what.id.as_ref()), ("podman/c1", Some(&workload.id)));
+        let [Sighting { subject, unknown }] = &what.sightings[..] else { panic!("{what:?}") };
+        assert_eq!(
+            (subject, &unknown[..]),
+            (&workload.subject, &[Facet::Name, Facet::Labels, Facet::Image][..])
+        );
+        let known = Described { unknown: Vec::new(), ..described };
+        assert!(matches!(whole(known, instance()), Resolved::Container(_)));
     }
 
     #[tokio::test]

@@ -200,8 +200,9 @@ impl Asked {
             Point::Start => Gate::Wrapper,
         };
         let id = container.id.id.as_str();
-        let workload = match timeout_at(deadline, self.engines.resolve(container)).await {
-            Ok(Ok(Resolved::Container(workload) | Resolved::Member(workload))) => workload,
+        let (workload, partly) = match timeout_at(deadline, self.engines.resolve(container)).await {
+            Ok(Ok(Resolved::Container(workload) | Resolved::Member(workload))) => (workload, None),
+            Ok(Ok(Resolved::Partly(workload, what))) => (workload, Some(what)),
             Ok(Ok(Resolved::Sandbox(pod))) => {
                 // It runs `pause`, and nothing of the pod is there yet: its companions can start meanwhile.
                 let workload = pod.id.clone();
@@ -220,9 +221,11 @@ impl Asked {
             Ok(Err(error)) => return self.unresolved(gate, container, &chain(&error)),
             Err(_) => return self.unresolved(gate, container, "its engine does not answer in time"),
         };
-        match self.gatekeeper.admit(gate, *workload, deadline).await {
-            Ok(admission) => told(&admission),
-            Err(error) => undecided(error.to_string()),
+        match (self.gatekeeper.admit(gate, *workload, deadline).await, partly) {
+            // What is known selects it for no policy; what is not known may.
+            (Ok(Admission::Unmatched), Some(what)) => told(&self.gatekeeper.without_identity(gate, *what)),
+            (Ok(admission), _) => told(&admission),
+            (Err(error), _) => undecided(error.to_string()),
         }
     }
 

@@ -168,9 +168,10 @@ impl Holder {
         // A workload of its own, of which containerd's record knows more than the runtime tells here.
         let asked = self.resolver.resolve(pod::NAMESPACE, &container.id, pid);
         Ok(match timeout_at(deadline, asked).await.map_err(|_| HoldError::Late)?? {
-            Resolved::Container(workload) | Resolved::Sandbox(workload) | Resolved::Member(workload) => {
-                Held::Workload { workload, container: own }
-            }
+            Resolved::Container(workload)
+            | Resolved::Partly(workload, _)
+            | Resolved::Sandbox(workload)
+            | Resolved::Member(workload) => Held::Workload { workload, container: own },
             Resolved::Unreachable(what) => Held::Unreachable(*what),
             Resolved::Nothing(reason) => {
                 tracing::debug!(container = container.id, reason, "no workload");

@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use pillion_workload::Pid;
+use pillion_workload::{Facet, Pid};
 use serde::Deserialize;
 
 use super::events;
@@ -104,14 +104,14 @@ impl PodmanFiles {
             tracing::warn!(container = %id, %error, "cannot read Podman's events");
             None
         });
-        let unknown = labels.is_none();
+        let unknown = if labels.is_none() { vec![Facet::Labels] } else { Vec::new() };
         let program = self.program(id);
         let mut subject = subject(EngineKind::Podman, &named.name, labels, named.image, program.as_deref());
-        if unknown {
+        if !unknown.is_empty() {
             let why = "Podman keeps no event of it any more; no policy selects it by a label";
             subject.annotations.insert(LABELS_UNKNOWN.to_owned(), why.to_owned());
         }
-        Ok(Described { id: EngineKind::Podman.workload_id(&named.name)?, subject })
+        Ok(Described { id: EngineKind::Podman.workload_id(&named.name)?, subject, unknown })
     }
 
     /// All containers that have a process, with what is known of them.
@@ -227,16 +227,19 @@ mod tests {
     async fn all_is_read_that_policies_select_on() {
         let root = tempfile::tempdir().expect("works");
         let files = written(root.path());
-        let Described { id, subject } = files.find(ID).await.expect("readable").expect("it is there");
+        let Described { id, subject, unknown } =
+            files.find(ID).await.expect("readable").expect("it is there");
         assert_eq!(id.as_str(), "podman/web");
         assert_eq!(subject.image.as_deref(), Some("localhost/busybox:1"));
         assert_eq!(subject.labels["app"], "web");
         assert_eq!(subject.executable.as_deref(), Some(Path::new("/bin/sleep")));
-        assert_eq!(subject.annotations.len(), 0);
+        assert_eq!((subject.annotations.len(), unknown.len()), (0, 0));
 
         // Not one event is kept.
         fs::write(&files.events, "").expect("works");
-        let Described { subject, .. } = files.find(ID).await.expect("readable").expect("it is there");
+        let Described { subject, unknown, .. } =
+            files.find(ID).await.expect("readable").expect("it is there");
+        assert_eq!(unknown, [Facet::Labels]);
         assert!(subject.labels.is_empty() && subject.annotations.contains_key(LABELS_UNKNOWN));
         for other in ["web", &ID.replace('c', "d")] {
             assert!(files.find(other).await.expect("readable").is_none());

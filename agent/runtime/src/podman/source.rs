@@ -86,7 +86,7 @@ async fn look(
     mounts: &Cgroup2Mounts,
 ) -> Result<Vec<(ContainerId, Observation)>, String> {
     let running = files.running().await.map_err(|error| chain(&error))?;
-    let seen = running.into_iter().map(|(container, pid, Described { id, subject })| {
+    let seen = running.into_iter().map(|(container, pid, Described { id, subject, .. })| {
         let seen = match instance(mounts, pid, &container) {
             Some(instance) => {
                 let workload = Workload { id, subject, instance };

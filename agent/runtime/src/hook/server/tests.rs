@@ -34,7 +34,7 @@ fn described(id: &str) -> Described {
         executable: None,
     };
     let id: WorkloadId = format!("docker/{id}").try_into().expect("valid");
-    Described { id, subject }
+    Described { id, subject, unknown: Vec::new() }
 }
 
 impl Engine for Knows {
@@ -45,7 +45,7 @@ impl Engine for Knows {
 
 impl UnitManager for Knows {
     fn find<'a>(&'a self, name: &'a str, pid: Pid) -> BoxFuture<'a, Result<FoundUnit, AskError>> {
-        let Described { id, subject } = described(name);
+        let Described { id, subject, .. } = described(name);
         let found = crate::instance_of(pid).map_err(Into::into).map(|instance| FoundUnit {
             workload: pillion_workload::Workload { id, subject, instance },
             start_limit: None,
