@@ -41,7 +41,7 @@ pub use held::Held;
 pub use hooked::{Hooks, Way};
 pub use inventory::Inventory;
 pub use lab::Lab;
-pub use machine::{Machine, on_machine};
+pub use machine::{Machine, on_machine, on_machine_within};
 pub use netns::{End, NetNs};
 pub use pods::{Pod, PodSpec, Pods};
 pub use process::{Finished, ProcessGuard};

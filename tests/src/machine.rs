@@ -2,11 +2,13 @@
 
 use std::{
     env,
-    fs::{self, File, TryLockError},
+    fs::{self, File},
     os::unix::fs::PermissionsExt as _,
     path::Path,
-    process, thread,
-    time::{Duration, Instant},
+    process,
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -49,12 +51,17 @@ impl Machine {
 /// Runs a test on the machine itself. Fails without root, when `test` fails, and when anything is left afterwards that was
 /// not there before; see [`Inventory`].
 pub fn on_machine(test: impl FnOnce(&Machine) -> Result<()>) -> Result<()> {
+    on_machine_within(TEST_TIMEOUT, test)
+}
+
+/// The same for what is known to take longer than a test, such as a measurement: the process is ended after `limit`.
+pub fn on_machine_within(limit: Duration, test: impl FnOnce(&Machine) -> Result<()>) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("this test changes the machine and needs root; run it with: cargo xtask test");
     }
     // Held for the test's time, to its very last act; released by the kernel when closed, however the process ends.
     let _lock = lock()?;
-    let _watchdog = Watchdog::start();
+    let _watchdog = Watchdog::start(limit);
     let _bpffs = Bpffs::as_after_boot()?;
     lab::prepare()?;
     let before = Inventory::take().context("inventory before the test")?;
@@ -71,18 +78,19 @@ pub fn on_machine(test: impl FnOnce(&Machine) -> Result<()>) -> Result<()> {
     before.expect_nothing_added(SETTLE)
 }
 
+/// Waits in the kernel's queue: who only looks now and then never has the lock while others wait there.
 fn lock() -> Result<File> {
     let path = env::temp_dir().join("pillion-tests.lock");
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    let end = Instant::now() + LOCK_TIMEOUT;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) if Instant::now() < end => {
-                thread::sleep(Duration::from_millis(100));
-            }
-            Err(error) => bail!("cannot have the machine alone ({}): {error}", path.display()),
-        }
+    let (sender, locked) = mpsc::sync_channel(1);
+    // Past the deadline this thread still waits; what it then gets is let go with it, or by the process's end.
+    thread::spawn(move || {
+        let outcome = file.lock().map(|()| file);
+        let _ = sender.send(outcome);
+    });
+    match locked.recv_timeout(LOCK_TIMEOUT) {
+        Ok(outcome) => outcome.with_context(|| format!("cannot lock {}", path.display())),
+        Err(_) => bail!("cannot have the machine alone: {} is locked for {LOCK_TIMEOUT:?}", path.display()),
     }
 }
 
@@ -117,18 +125,18 @@ impl Drop for Bpffs {
 /// Ends the whole process when a test hangs in spite of its own deadlines.
 struct Watchdog {
     /// Open while the test runs.
-    _alive: std::sync::mpsc::Sender<()>,
+    _alive: mpsc::Sender<()>,
 }
 
 impl Watchdog {
-    fn start() -> Self {
-        let (alive, watched) = std::sync::mpsc::channel::<()>();
+    fn start(limit: Duration) -> Self {
+        let (alive, watched) = mpsc::channel::<()>();
         let test = thread::current().name().unwrap_or("a test").to_owned();
         thread::spawn(move || {
             // Nothing is ever sent: the channel closes when the test is over.
-            if watched.recv_timeout(TEST_TIMEOUT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            if watched.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
                 // Not through print macros: libtest would capture it.
-                let message = format!("\n{test} hangs: ended after {TEST_TIMEOUT:?}\n");
+                let message = format!("\n{test} hangs: ended after {limit:?}\n");
                 let _ = std::io::Write::write_all(&mut std::io::stderr(), message.as_bytes());
                 process::exit(101);
             }
