@@ -15,7 +15,7 @@ pub(crate) struct Options {
     /// What is measured.
     #[arg(value_enum, default_value_t = What::Redirect)]
     what: What,
-    /// Of `gate`: only these gates.
+    /// Of `gate`: only these gates. An unknown name shows which there are.
     #[arg(long, value_name = "NAME")]
     gate: Vec<String>,
     /// Of `gate`: this part of the starts that each gate is meant to have.

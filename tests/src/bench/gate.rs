@@ -5,7 +5,6 @@
 //! Owns the measurement. How a workload is started at each gate is `stations`.
 
 use std::{
-    collections::BTreeMap,
     fs,
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
@@ -17,17 +16,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 
-use super::stations::{STATIONS, Station};
-use crate::{NetNs, on_machine, process};
+use super::stations::{Place, STATIONS};
+use crate::{NetNs, on_machine_within, process};
 
 /// Starts before those that count.
 const WARM_UP: u32 = 3;
 /// A connection reaches the server within this, or has been missed.
 const ARRIVAL: Duration = Duration::from_secs(60);
+/// All of one gate's starts, on a slow machine.
+const LIMIT: Duration = Duration::from_secs(2 * 60 * 60);
 /// Between two looks at whether to stop.
 const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
@@ -96,39 +97,65 @@ struct Line {
     /// What the agent let the gate wait, in milliseconds; absent where no agent is asked.
     held_p50: Option<f64>,
     held_p99: Option<f64>,
-    /// From the command to the server's accept, in milliseconds.
+    /// From the command to the server's accept, p50 and p99 in milliseconds.
     start_with: [f64; 2],
     start_without: [f64; 2],
 }
 
-/// Measures at every gate, or at those named, and writes the figures to `output`. An error when one start was missed.
+/// What is written.
+#[derive(Debug, Serialize)]
+struct Figures {
+    kernel: String,
+    cpus: usize,
+    gates: Vec<Line>,
+}
+
+impl Figures {
+    fn new() -> Result<Self> {
+        let kernel = nix::sys::utsname::uname().context("uname")?.release().to_string_lossy().into_owned();
+        let cpus = thread::available_parallelism().context("the number of processors")?.get();
+        Ok(Self { kernel, cpus, gates: Vec::new() })
+    }
+
+    fn write(&self, output: &Path) -> Result<()> {
+        let mut text = serde_json::to_string_pretty(self)?;
+        text.push('\n');
+        fs::write(output, text).with_context(|| format!("cannot write {}", output.display()))
+    }
+}
+
+/// Measures at every gate, or at those named, and writes the figures to `output`. An error when one start was missed, after
+/// all of them.
 pub(super) fn run(output: &Path, share: f64, only: &[&str]) -> Result<()> {
+    if let Some(unknown) = only.iter().find(|name| STATIONS.iter().all(|station| station.name != **name)) {
+        let names: Vec<&str> = STATIONS.iter().map(|station| station.name).collect();
+        bail!("no gate {unknown}; there are: {}", names.join(", "));
+    }
     process::keep_quiet();
-    let mut lines = Vec::new();
+    let mut figures = Figures::new()?;
+    head(&figures);
+    let mut failed = Vec::new();
     for station in STATIONS.iter().filter(|station| only.is_empty() || only.contains(&station.name)) {
         let mut line = None;
-        on_machine(|machine| {
-            let place = (station.prepare)(machine)?;
-            line = Some(measure(station, &*place, share)?);
+        let outcome = on_machine_within(LIMIT, |machine| {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some thousands")]
+            let starts = (f64::from(station.starts) * share).ceil() as u32;
+            line = Some(measure(station.name, &*(station.prepare)(machine)?, starts)?);
             Ok(())
-        })
-        .with_context(|| format!("gate {}", station.name))?;
-        let line = line.context("it was measured")?;
-        show(&line, lines.is_empty());
-        lines.push(line);
+        });
+        let missed = line.iter().filter(|line| line.captured != line.starts as usize);
+        failed.extend(missed.map(|line| format!("{}: first connections were missed", line.gate)));
+        failed.extend(outcome.err().map(|error| format!("{}: {error:#}", station.name)));
+        line.iter().for_each(show);
+        figures.gates.extend(line);
+        // Some gates take an hour: what has been measured is kept, whatever becomes of the others.
+        figures.write(output)?;
     }
-    let mut text = serde_json::to_string_pretty(&BTreeMap::from([("gates", &lines)]))?;
-    text.push('\n');
-    fs::write(output, text).with_context(|| format!("cannot write {}", output.display()))?;
-    let missed: Vec<&str> =
-        lines.iter().filter(|line| line.captured != line.starts as usize).map(|line| line.gate).collect();
-    ensure!(missed.is_empty(), "first connections were missed at: {}", missed.join(", "));
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
     Ok(())
 }
 
-fn measure(station: &Station, place: &dyn super::stations::Place, share: f64) -> Result<Line> {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some thousands")]
-    let starts = (f64::from(station.starts) * share).ceil() as u32;
+fn measure(gate: &'static str, place: &dyn Place, starts: u32) -> Result<Line> {
     let (mut with, mut without) = (Vec::new(), Vec::new());
     let server = place.server();
     let mut captured = 0;
@@ -150,7 +177,7 @@ fn measure(station: &Station, place: &dyn super::stations::Place, share: f64) ->
     let captured = place.captured((starts + WARM_UP) as usize)? - captured;
     let held = place.held()?;
     Ok(Line {
-        gate: station.name,
+        gate,
         starts,
         captured,
         held_p50: (!held.is_empty()).then(|| percentile(&held, 50)),
@@ -169,33 +196,36 @@ fn percentile(values: &[f64], percent: usize) -> f64 {
 }
 
 #[expect(clippy::print_stdout, reason = "a command line program")]
-fn show(line: &Line, first: bool) {
-    if first {
-        println!(
-            "{:24} {:>7} {:>9} {:>10} {:>10} {:>12} {:>12} {:>12} {:>12}",
-            "GATE",
-            "STARTS",
-            "CAPTURED",
-            "HELD p50",
-            "HELD p99",
-            "START p50",
-            "START p99",
-            "BARE p50",
-            "BARE p99"
-        );
-    }
-    let held = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+fn head(figures: &Figures) {
+    println!("kernel {}, {} CPUs; times in milliseconds", figures.kernel, figures.cpus);
     println!(
-        "{:24} {:>7} {:>9} {:>10} {:>10} {:>12.2} {:>12.2} {:>12.2} {:>12.2}",
+        "{:36} {:>7} {:>9} {:>10} {:>10} {:>12} {:>12} {:>12} {:>12}",
+        "GATE",
+        "STARTS",
+        "CAPTURED",
+        "HELD p50",
+        "HELD p99",
+        "START p50",
+        "START p99",
+        "BARE p50",
+        "BARE p99"
+    );
+}
+
+#[expect(clippy::print_stdout, reason = "a command line program")]
+fn show(line: &Line) {
+    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+    println!(
+        "{:36} {:>7} {:>9} {:>10} {:>10} {:>12} {:>12} {:>12} {:>12}",
         line.gate,
         line.starts,
         line.captured,
-        held(line.held_p50),
-        held(line.held_p99),
-        line.start_with[0],
-        line.start_with[1],
-        line.start_without[0],
-        line.start_without[1]
+        number(line.held_p50),
+        number(line.held_p99),
+        number(Some(line.start_with[0])),
+        number(Some(line.start_with[1])),
+        number(Some(line.start_without[0])),
+        number(Some(line.start_without[1]))
     );
 }
 
