@@ -36,14 +36,14 @@ pub(crate) enum Decision {
 
 /// Asks the agent, and does without it where it must.
 pub(crate) fn decide(places: &Places, question: Question) -> Decision {
-    let file = GateFileRead::at(&places.gate_file());
-    let patience = file.patience().unwrap_or(PATIENCE).min(LONGEST);
+    let patience = GateFileRead::at(&places.gate_file()).patience().unwrap_or(PATIENCE).min(LONGEST);
     match ask_until_answered(places, &question, Deadline::after(patience)) {
         Ok(Answered::Admit(message)) => Decision::Admit(message),
         Ok(Answered::Refuse(message)) => Decision::Refuse(message),
         Err(reason) => {
             let request = Request { patience_ms: millis(patience), question };
-            absent::decide(file, &request, &reason)
+            // Read again: the agent that went away may have been uninstalled, and the next one may have had other policies.
+            absent::decide(GateFileRead::at(&places.gate_file()), &request, &reason)
         }
     }
 }
