@@ -13,7 +13,8 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
-    Agent, EchoServer, Finished, Lab, Machine, NetNs, ProcessGuard, programs, scene::KIND, wait_until,
+    Agent, EchoServer, Finished, Lab, Machine, NetNs, ProcessGuard, lab::DIRECTORY, programs, scene::KIND,
+    wait_until,
 };
 
 const SOON: Duration = Duration::from_secs(30);
@@ -103,6 +104,11 @@ impl Engine {
     pub fn pillion(&self, arguments: &[&str]) -> Result<Finished> {
         let program = shown(&programs::pillion()?);
         self.lab.run(&[&["exec", program.as_str()], arguments].concat())
+    }
+
+    /// A shell's commands, where the engine is.
+    pub fn shell(&self, script: &str) -> Result<Finished> {
+        self.lab.run(&["exec", "sh", "-ec", script])
     }
 
     /// Docker's `daemon.json`.
@@ -219,6 +225,12 @@ impl Engine {
         command.arg(self.directory.join("cmd-dockerd"));
         self.daemon = Some(ProcessGuard::spawn("dockerd", &mut command)?);
         wait_until("dockerd", SOON, || self.tool(&["version"]).is_ok_and(|done| done.status.success()))
+    }
+
+    /// Loads the image again, for an engine that keeps its images elsewhere now.
+    pub fn load_image(&self) -> Result<()> {
+        let archive = format!("{DIRECTORY}/images/busybox_1.tar");
+        self.tool(&["load", "-q", "-i", &archive])?.success().map(drop)
     }
 
     /// Ends all of it; the agent must leave nothing.

@@ -174,3 +174,52 @@ fn fifty_containers_at_once() -> Result<()> {
         engine.end()
     })
 }
+
+fn close_to_the_host(version: &'static str, privileged: &[&[&str]]) -> Result<()> {
+    on_machine(|machine| {
+        let mut engine = with_agent(machine, version)?;
+        for flags in privileged {
+            engine.captures("privileged", "wrapper", flags)?;
+            engine.refuses("privileged-closed", "failing-closed", flags)?;
+            engine.remove("privileged")?;
+            engine.agent.until_forgotten(&engine.id("privileged"))?;
+        }
+        let host = ["--network=host", "--runtime=pillion"];
+        engine.captures("host", "wrapper", &host)?;
+        engine.refuses("host-closed", "failing-closed", &host)?;
+        engine.remove("host")?;
+        engine.agent.until_forgotten(&engine.id("host"))?;
+
+        // All of its containers in a user namespace.
+        engine
+            .shell("for ids in subuid subgid; do echo daemon:3000000:65536 >>/etc/$ids; done")?
+            .success()?;
+        let settings = fs::read_to_string(engine.config())?;
+        let mut value: serde_json::Value = serde_json::from_str(&settings)?;
+        value["userns-remap"] = "daemon".into();
+        fs::write(engine.config(), value.to_string())?;
+        engine.restart()?;
+        engine.until_watched()?;
+        engine.load_image()?;
+        engine.captures("mapped", "wrapper", HELD)?;
+        let map = engine.tool(&["exec", "mapped", "cat", "/proc/self/uid_map"])?.success()?.stdout;
+        ensure!(map.contains("3000000"), "{map}");
+        engine.refuses("mapped-closed", "failing-closed", HELD)?;
+        let host = ["--userns=host", "--network=host", "--runtime=pillion"];
+        engine.captures("host-again", "wrapper", &host)?;
+        engine.end()
+    })
+}
+
+/// Docker 20.10 wants capabilities for `--privileged` that a test machine may lack.
+#[test]
+fn host_networked_and_user_namespaced_containers_are_captured_by_docker_20_10() -> Result<()> {
+    close_to_the_host("bookworm", &[])
+}
+
+#[test]
+fn privileged_host_networked_and_user_namespaced_containers_are_captured_by_docker_28() -> Result<()> {
+    let privileged = ["--privileged", "--runtime=pillion"];
+    let both = ["--privileged", "--network=host", "--runtime=pillion"];
+    close_to_the_host("sid", &[&privileged, &both])
+}

@@ -97,3 +97,30 @@ fn failing_and_hanging_companions_and_absent_agents_follow_the_policy() -> Resul
         engine.end()
     })
 }
+
+#[test]
+fn privileged_user_namespaced_and_host_networked_containers_are_captured() -> Result<()> {
+    on_machine(|machine| {
+        let mut engine = stage(machine)?;
+        // Whose user and group ids `--userns=auto` takes.
+        engine
+            .shell("for ids in subuid subgid; do echo containers:2000000:131072 >>/etc/$ids; done")?
+            .success()?;
+        engine.agent.run()?;
+        engine.until_watched()?;
+        // Without a container on it there is no bridge, and nobody at its address.
+        engine.passes("anchor", "nothing", &[])?;
+        for (name, flags) in [
+            ("privileged", ["--privileged", "--network=bridge"]),
+            ("host", ["--network=host", "--privileged"]),
+            ("mapped", ["--uidmap=0:1000000:65536", "--gidmap=0:1000000:65536"]),
+            ("automatic", ["--userns=auto", "--network=bridge"]),
+        ] {
+            engine.captures(name, "hook", &flags).with_context(|| name.to_owned())?;
+            engine.refuses("closed", "failing-closed", &flags)?;
+            engine.remove(name)?;
+            engine.agent.until_forgotten(&engine.id(name))?;
+        }
+        engine.end()
+    })
+}

@@ -71,6 +71,8 @@ impl Client {
     /// Whether a namespace is another source's.
     pub(super) fn leaves_alone(&self, namespace: &str) -> bool {
         self.left_alone.contains(namespace)
+            || (self.left_alone.contains(ContainerdConfig::DOCKERS)
+                && ContainerdConfig::is_dockers(namespace))
     }
 
     pub(super) fn deadline(&self) -> Duration {

@@ -50,13 +50,22 @@ pub struct ContainerdConfig {
     pub health_interval: Duration,
     /// The first and the longest pause between attempts to connect.
     pub backoff: (Duration, Duration),
-    /// Namespaces of containerd that are another source's to tell of.
+    /// Namespaces of containerd that are another source's to tell of. [`ContainerdConfig::DOCKERS`] stands for all of Docker's.
     pub left_alone: BTreeSet<String>,
 }
 
 impl ContainerdConfig {
     /// containerd's namespace in which Docker Engine keeps its containers.
     pub const DOCKERS: &str = "moby";
+
+    /// Whether a namespace is Docker Engine's: with `userns-remap` newer ones (28, and not 20.10) add the ids of the root user in their
+    /// containers, as in `moby-100000.100000`.
+    pub(crate) fn is_dockers(namespace: &str) -> bool {
+        let Some(rest) = namespace.strip_prefix(Self::DOCKERS) else { return false };
+        let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        let ids = rest.strip_prefix('-').and_then(|ids| ids.split_once('.'));
+        rest.is_empty() || ids.is_some_and(|(user, group)| number(user) && number(group))
+    }
 
     /// The defaults for a containerd at `socket`.
     pub fn at(socket: impl Into<PathBuf>) -> Self {
@@ -123,6 +132,23 @@ impl fmt::Display for Key {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn dockers_namespaces() {
+        for (namespace, dockers) in [
+            ("moby", true),
+            ("moby-100000.100000", true),
+            ("moby-0.65536", true),
+            ("moby-", false),
+            ("moby-1", false),
+            ("moby-1.", false),
+            ("moby-1.x", false),
+            ("mobydick", false),
+            ("k8s.io", false),
+        ] {
+            assert_eq!(ContainerdConfig::is_dockers(namespace), dockers, "{namespace}");
+        }
+    }
 
     #[test]
     fn ids_lead_back_to_containers() {

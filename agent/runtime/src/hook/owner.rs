@@ -7,6 +7,8 @@ use std::path::{Component, Path};
 
 use pillion_common::hook::{ContainerId, Spec};
 
+use crate::containerd::ContainerdConfig;
+
 /// Who made it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Owner {
@@ -27,8 +29,6 @@ pub(super) enum Owner {
 
 /// The directories below containerd's state directory that hold bundles as `<namespace>/<id>`.
 const CONTAINERD: [&str; 2] = ["io.containerd.runtime.v2.task", "io.containerd.runtime.v1.linux"];
-/// Docker's namespace.
-const MOBY: &str = "moby";
 /// Says which engine manages the container (Podman's libpod and CRI-O both set it).
 const MANAGER: &str = "io.container.manager";
 /// All of CRI-O's own annotations.
@@ -36,7 +36,11 @@ const CRIO: &str = "io.kubernetes.cri-o.";
 
 pub(super) fn owner(container: &ContainerId, spec: &Spec) -> Owner {
     if let Some(namespace) = containerd_namespace(container) {
-        return if namespace == MOBY { Owner::Docker } else { Owner::Containerd { namespace } };
+        return if ContainerdConfig::is_dockers(&namespace) {
+            Owner::Docker
+        } else {
+            Owner::Containerd { namespace }
+        };
     }
     let manager = spec.annotations.get(MANAGER).map(String::as_str);
     // Podman takes some of CRI-O's annotations for its own (`io.kubernetes.cri-o.TTY`), so these count only where no manager is named.
@@ -94,6 +98,12 @@ mod tests {
             ("/run/containerd/io.containerd.runtime.v1.linux/default/c1", &[], containerd("default")),
             ("/run/docker/containerd/daemon/io.containerd.runtime.v2.task/moby/c1", &[], Owner::Docker),
             ("/run/containerd/io.containerd.runtime.v2.task/moby/c1", &[], Owner::Docker),
+            // Docker 28 with `userns-remap`.
+            (
+                "/run/docker/containerd/daemon/io.containerd.runtime.v2.task/moby-1000.1000/c1",
+                &[],
+                Owner::Docker,
+            ),
             ("/run/containerd/io.containerd.runtime.v2.task/default/other", &[], Owner::Nobody),
             ("/run/containerd/io.containerd.runtime.v2.task/c1", &[], Owner::Nobody),
             ("/var/lib/containers/storage/overlay-containers/c1/userdata", &libpod, Owner::Podman),
