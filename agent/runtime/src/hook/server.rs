@@ -179,10 +179,15 @@ impl Asked {
             tracing::debug!(container = container.id.id, "a container ended while it was held");
             Answer::Admit { message: None }
         };
-        let Some(process) = process(container) else { return gone() };
+        // The runtime says best what is wrong with one that is dead; but it may be that the agent cannot see it.
+        let invisible = || {
+            let reason = format!("the agent sees no process {} of it", container.pid);
+            self.unresolved(gate(container.point), container, &reason)
+        };
+        let Some(process) = process(container) else { return invisible() };
         let ended = match Pidfd::open(process) {
             Ok(Some(ended)) => ended,
-            Ok(None) => return gone(),
+            Ok(None) => return invisible(),
             Err(error) => return undecided(format!("the container's process cannot be watched: {error}")),
         };
         tokio::select! {
@@ -195,10 +200,7 @@ impl Asked {
     }
 
     async fn living(&self, container: &Container, deadline: Instant) -> Answer {
-        let gate = match container.point {
-            Point::CreateRuntime | Point::Prestart => Gate::Hook,
-            Point::Start => Gate::Wrapper,
-        };
+        let gate = gate(container.point);
         let id = container.id.id.as_str();
         let (workload, partly) = match timeout_at(deadline, self.engines.resolve(container)).await {
             Ok(Ok(Resolved::Container(workload) | Resolved::Member(workload))) => (workload, None),
@@ -259,6 +261,13 @@ impl Asked {
             Ok(admission) => told(&admission),
             Err(error) => undecided(error.to_string()),
         }
+    }
+}
+
+fn gate(point: Point) -> Gate {
+    match point {
+        Point::CreateRuntime | Point::Prestart => Gate::Hook,
+        Point::Start => Gate::Wrapper,
     }
 }
 
