@@ -56,6 +56,8 @@ pub struct PodSpec<'a> {
     pub labels: &'a [(&'a str, &'a str)],
     /// In containerd's own network namespace.
     pub host_network: bool,
+    /// It and its containers have all capabilities and devices.
+    pub privileged: bool,
     /// Without a cgroup of its own: its containers share one with those of all other such pods.
     pub shared_cgroup: bool,
 }
@@ -137,6 +139,7 @@ impl Pods {
             linux: Some(LinuxPodSandboxConfig {
                 cgroup_parent: parent,
                 security_context: Some(LinuxSandboxSecurityContext {
+                    privileged: spec.privileged,
                     namespace_options,
                     ..LinuxSandboxSecurityContext::default()
                 }),
@@ -185,6 +188,7 @@ impl Pod<'_> {
             labels,
             linux: Some(LinuxContainerConfig {
                 security_context: Some(LinuxContainerSecurityContext {
+                    privileged: security.is_some_and(|security| security.privileged),
                     namespace_options: security.and_then(|security| security.namespace_options.clone()),
                     ..LinuxContainerSecurityContext::default()
                 }),

@@ -143,17 +143,21 @@ fn first_connections(version: &'static str) -> Result<()> {
             assert_eq!(stage.agent.workload(&workload(container))?, None, "a part of its pod");
         }
 
-        let host = stage.pods.run(&PodSpec {
-            name: "host",
-            labels: WEB,
-            host_network: true,
-            ..PodSpec::default()
-        })?;
-        let container = host.run("app", &connect())?;
-        assert_eq!(host.exit_code(&container)?, 0);
-        stage.until_recorded(&host.id(), 1)?;
-        let known = stage.agent.workload(&host.id())?.context("the pod is a workload")?;
-        assert_eq!(known["firstInstruction"], "before", "{known}");
+        let host = PodSpec { name: "host", labels: WEB, host_network: true, ..PodSpec::default() };
+        let privileged = PodSpec { name: "privileged", privileged: true, ..host };
+        let mut close_to_the_host = Vec::new();
+        for spec in
+            [host, privileged, PodSpec { name: "privileged-alone", host_network: false, ..privileged }]
+        {
+            let pod = stage.pods.run(&spec)?;
+            let container = pod.run("app", &connect())?;
+            assert_eq!(pod.exit_code(&container)?, 0, "{}", spec.name);
+            stage.until_recorded(&pod.id(), 1)?;
+            let known = stage.agent.workload(&pod.id())?.context("the pod is a workload")?;
+            assert_eq!((&known["verdict"], &known["gate"]), (&"attached".into(), &"nri".into()), "{known}");
+            assert_eq!(known["firstInstruction"], "before", "{known}");
+            close_to_the_host.push(pod);
+        }
 
         // Without a cgroup of its own a pod is no workload, but its containers are, each for itself.
         let shared = stage.pods.run(&PodSpec {
@@ -192,8 +196,9 @@ fn first_connections(version: &'static str) -> Result<()> {
         assert_eq!(stage.recorded(&other.id())?, 0);
 
         let cgroup = known["instance"]["cgroup"]["path"].as_str().context("a path")?.to_owned();
-        let ids = [pod.id(), host.id(), other.id()];
-        for pod in [pod, host, shared, other] {
+        let mut ids = vec![pod.id(), other.id()];
+        ids.extend(close_to_the_host.iter().map(Pod::id));
+        for pod in [pod, shared, other].into_iter().chain(close_to_the_host) {
             pod.delete()?;
         }
         for id in ids {
