@@ -72,8 +72,14 @@ impl Agent {
     /// An agent for a containerd elsewhere, with its socket and its NRI socket; `none` for what it is to leave alone.
     pub fn beside(machine: &Machine, containerd: &str, nri: &str) -> Result<Self> {
         let mut agent = Self::new(machine, None)?;
-        (agent.containerd, agent.nri) = (containerd.to_owned(), nri.to_owned());
+        agent.serve(containerd, nri);
         Ok(agent)
+    }
+
+    /// From its next start on it is for this containerd, as with [`Agent::beside`]: for one that had to know the agent's
+    /// directories before it could be brought up.
+    pub fn serve(&mut self, containerd: &str, nri: &str) {
+        (self.containerd, self.nri) = (containerd.to_owned(), nri.to_owned());
     }
 
     /// An agent that finds its runtimes by these flags, and runs in the mount namespace of a process, if one is given.

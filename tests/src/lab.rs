@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     ffi::OsStr,
     fs,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -14,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{ProcessGuard, process::Finished, programs};
+use crate::{Agent, Machine, ProcessGuard, process::Finished, programs};
 
 /// The scripts' cache and state; theirs to fill. Short, because the paths of sockets are.
 pub const DIRECTORY: &str = "/var/tmp/pillion-lab";
@@ -64,6 +65,20 @@ impl Lab {
             }
         }
         Ok(lab)
+    }
+
+    /// containerd of this Debian suite whose runtime class [`WRAPPED`] is `pillion-hook` in front of runc, for this agent.
+    ///
+    /// [`WRAPPED`]: crate::pods::WRAPPED
+    pub fn wrapped_containerd(machine: &Machine, version: &'static str, agent: &Agent) -> Result<Self> {
+        let wrapper = machine.directory().join("pillion-runc");
+        symlink(programs::hook()?, &wrapper).context("a link to pillion-hook")?;
+        // containerd hands its environment down to shims, and these to their runtime.
+        let places = agent.environment();
+        let mut environment: Vec<(&str, &OsStr)> =
+            places.iter().map(|(name, path)| (*name, path.as_os_str())).collect();
+        environment.push(("RUNTIME_WRAPPER", wrapper.as_os_str()));
+        Self::up("containerd", Some(version), &environment)
     }
 
     /// What `up` printed as `KEY=VALUE`.

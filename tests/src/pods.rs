@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     fs,
     future::Future,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     sync::{
         Mutex,
@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result, bail};
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest, CreateContainerRequest,
     ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
-    LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
     RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
     VersionRequest, runtime_service_client::RuntimeServiceClient,
 };
@@ -33,6 +33,10 @@ use crate::{Lab, NetNs, ProcessGuard, wait_for, wait_until};
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The bridge's address, which pods reach and at which the instance's own listeners are.
 pub const GATEWAY: &str = "10.88.0.1";
+/// Where a pod's containers have [`PodSpec::program`].
+pub const PROGRAM: &str = "/program";
+/// The runtime class of containerd that calls what `RUNTIME_WRAPPER` named when it was brought up.
+pub const WRAPPED: &str = "wrapped";
 const IMAGE: &str = "localhost/busybox:1";
 
 /// A containerd with CRI.
@@ -60,6 +64,10 @@ pub struct PodSpec<'a> {
     pub privileged: bool,
     /// Without a cgroup of its own: its containers share one with those of all other such pods.
     pub shared_cgroup: bool,
+    /// Its runtime class; containerd's default one when empty.
+    pub runtime: &'a str,
+    /// A program of the machine's, below `/tmp`, that its containers have as [`PROGRAM`].
+    pub program: Option<&'a Path>,
 }
 
 /// A pod with its sandbox. Stopped and removed when dropped.
@@ -68,6 +76,7 @@ pub struct Pod<'a> {
     pods: &'a Pods,
     config: PodSandboxConfig,
     sandbox: String,
+    mounts: Vec<Mount>,
 }
 
 impl Pods {
@@ -147,12 +156,18 @@ impl Pods {
             }),
             ..PodSandboxConfig::default()
         };
+        let mounts = spec.program.map(|program| Mount {
+            container_path: PROGRAM.to_owned(),
+            host_path: program.to_string_lossy().into_owned(),
+            readonly: true,
+            ..Mount::default()
+        });
         let request =
-            RunPodSandboxRequest { config: Some(config.clone()), ..RunPodSandboxRequest::default() };
+            RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: spec.runtime.to_owned() };
         let answer = self
             .ask(async |mut client| client.run_pod_sandbox(request).await)
             .with_context(|| format!("pod {} does not run", spec.name))?;
-        Ok(Pod { pods: self, config, sandbox: answer.pod_sandbox_id })
+        Ok(Pod { pods: self, config, sandbox: answer.pod_sandbox_id, mounts: mounts.into_iter().collect() })
     }
 
     fn ask<T, F: Future<Output = Result<tonic::Response<T>, Status>>>(
@@ -186,6 +201,7 @@ impl Pod<'_> {
             image: Some(ImageSpec { image: IMAGE.to_owned(), ..ImageSpec::default() }),
             command: command.iter().map(|&word| word.to_owned()).collect(),
             labels,
+            mounts: self.mounts.clone(),
             linux: Some(LinuxContainerConfig {
                 security_context: Some(LinuxContainerSecurityContext {
                     privileged: security.is_some_and(|security| security.privileged),

@@ -59,6 +59,11 @@ pub(super) const STATIONS: &[Station] = &[
         prepare: |machine| Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Hook)?)),
     },
     Station {
+        name: "wrapper CRI containerd 1.6",
+        starts: 500,
+        prepare: |machine| Ok(Box::new(pods::InPods::wrapper(machine)?)),
+    },
+    Station {
         name: "wrapper docker 20.10",
         starts: 500,
         prepare: |machine| Ok(Box::new(engines::InEngine::docker(machine, "bookworm")?)),
@@ -77,12 +82,12 @@ pub(super) const STATIONS: &[Station] = &[
     Station {
         name: "nri containerd 1.7",
         starts: 500,
-        prepare: |machine| Ok(Box::new(pods::InPods::new(machine, "trixie")?)),
+        prepare: |machine| Ok(Box::new(pods::InPods::nri(machine, "trixie")?)),
     },
     Station {
         name: "nri containerd 2",
         starts: 500,
-        prepare: |machine| Ok(Box::new(pods::InPods::new(machine, "sid")?)),
+        prepare: |machine| Ok(Box::new(pods::InPods::nri(machine, "sid")?)),
     },
 ];
 
