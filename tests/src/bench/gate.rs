@@ -161,6 +161,7 @@ fn measure(gate: &'static str, place: &dyn Place, starts: u32) -> Result<Line> {
     let mut captured = 0;
     for number in 0..starts + WARM_UP {
         for matched in [true, false] {
+            place.before()?;
             let before = server.accepted();
             let began = Instant::now();
             place.start(&format!("w{number}{}", if matched { "" } else { "-bare" }), matched)?;

@@ -2,6 +2,7 @@
 //!
 //! Owns the table of gates. Each kind of place has a file in `stations`.
 
+mod companions;
 mod containers;
 mod engines;
 mod exec;
@@ -14,6 +15,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+
+use companions::Beside;
 
 use super::gate::Server;
 use crate::{Agent, Finished, Machine, ProcessGuard, first, hooked, wait_until};
@@ -36,6 +39,11 @@ pub(super) trait Place {
     /// What they dial.
     fn server(&self) -> &Server;
 
+    /// What has to be so before a start, and is no part of it.
+    fn before(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Runs one to its end; an error unless it was answered.
     fn start(&self, name: &str, matched: bool) -> Result<()>;
 
@@ -51,12 +59,16 @@ pub(super) const STATIONS: &[Station] = &[
     Station {
         name: "wrapper containerd 1.6",
         starts: 500,
-        prepare: |machine| Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Wrapper)?)),
+        prepare: |machine| {
+            Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Wrapper, Beside::Relay)?))
+        },
     },
     Station {
         name: "hook containerd 1.6",
         starts: 500,
-        prepare: |machine| Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Hook)?)),
+        prepare: |machine| {
+            Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Hook, Beside::Relay)?))
+        },
     },
     Station {
         name: "wrapper CRI containerd 1.6",
@@ -78,7 +90,11 @@ pub(super) const STATIONS: &[Station] = &[
         starts: 500,
         prepare: |machine| Ok(Box::new(engines::InEngine::podman(machine)?)),
     },
-    Station { name: "exec", starts: 500, prepare: |machine| Ok(Box::new(exec::AtExec::new(machine)?)) },
+    Station {
+        name: "exec",
+        starts: 500,
+        prepare: |machine| Ok(Box::new(exec::AtExec::new(machine, Beside::Relay)?)),
+    },
     Station {
         name: "nri containerd 1.7",
         starts: 500,
@@ -88,6 +104,31 @@ pub(super) const STATIONS: &[Station] = &[
         name: "nri containerd 2",
         starts: 500,
         prepare: |machine| Ok(Box::new(pods::InPods::nri(machine, "sid")?)),
+    },
+    // Other companions than the relay.
+    Station {
+        name: "exec, warm HAProxy",
+        starts: 100,
+        prepare: |machine| Ok(Box::new(exec::AtExec::new(machine, Beside::WarmHaproxy)?)),
+    },
+    Station {
+        name: "exec, cold Envoy",
+        starts: 30,
+        prepare: |machine| Ok(Box::new(exec::AtExec::new(machine, Beside::ColdEnvoy)?)),
+    },
+    Station {
+        name: "wrapper containerd 1.6, warm HAProxy",
+        starts: 100,
+        prepare: |machine| {
+            Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Wrapper, Beside::WarmHaproxy)?))
+        },
+    },
+    Station {
+        name: "wrapper containerd 1.6, cold Envoy",
+        starts: 30,
+        prepare: |machine| {
+            Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Wrapper, Beside::ColdEnvoy)?))
+        },
     },
 ];
 

@@ -31,6 +31,7 @@ const NEEDS: &[Need] = &[
     need("ip", "iproute2", "network namespaces in tests and demo"),
     need("iptables", "iptables", "the comparison in bench"),
     need("nsenter", "util-linux", "namespaces in tests and demo"),
+    need("fincore", "util-linux-extra", "cold starts in bench"),
     need("containerd", "containerd", "tests and demo"),
     need("runc", "runc", "tests and demo"),
     need("haproxy", "haproxy", "tests"),

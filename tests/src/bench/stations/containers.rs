@@ -2,12 +2,17 @@
 
 use anyhow::Result;
 
-use super::{super::gate::Server, Place, Watched, answered, source, v4};
+use super::{
+    super::gate::Server,
+    Place, Watched, answered,
+    companions::{Beside, Companion},
+    source, v4,
+};
 use crate::{
     Agent, Containerd, Hooks, Machine, NetNs, Way,
     containerd::Container,
     hooked::FIRST,
-    scene::{FAR, id, web},
+    scene::{FAR, id},
 };
 
 /// containerd with runc, by the wrapper or the hook.
@@ -17,28 +22,44 @@ pub(super) struct InContainerd {
     containerd: Containerd,
     hooks: Hooks,
     way: Way,
+    companion: Companion,
     near: NetNs,
     _far: NetNs,
     server: Server,
 }
 
 impl InContainerd {
-    pub(super) fn new(machine: &Machine, way: Way) -> Result<Self> {
+    pub(super) fn new(machine: &Machine, way: Way, beside: Beside) -> Result<Self> {
         let (near, far) = NetNs::pair()?;
         let server = Server::start(&far, &format!("{FAR}:8080"))?;
         let mut agent = Agent::at(machine, Some(&Containerd::socket_of(machine)))?;
         let containerd = Containerd::start_with(machine, agent.environment())?;
-        agent.policy("web.yaml", &web("closed", ""))?;
+        let companion = Companion::new(machine, beside)?;
+        agent.policy("web.yaml", &companion.policy("runtimes: [containerd], labels: { app: web }"))?;
         agent.run()?;
         agent.until_status("containerd", |status| source(status, "containerd") == "up")?;
         let hooks = Hooks::new(machine, &agent, v4(server.address)?)?;
-        Ok(Self { watched: Watched::new(&agent)?, agent, containerd, hooks, way, near, _far: far, server })
+        Ok(Self {
+            watched: Watched::new(&agent)?,
+            agent,
+            containerd,
+            hooks,
+            way,
+            companion,
+            near,
+            _far: far,
+            server,
+        })
     }
 }
 
 impl Place for InContainerd {
     fn server(&self) -> &Server {
         &self.server
+    }
+
+    fn before(&self) -> Result<()> {
+        self.companion.prepare()
     }
 
     fn start(&self, name: &str, matched: bool) -> Result<()> {
@@ -53,7 +74,7 @@ impl Place for InContainerd {
     }
 
     fn captured(&self, expected: usize) -> Result<usize> {
-        Watched::captured(&self.agent, self.server.address, expected)
+        self.companion.captured(&self.agent, self.server.address, expected)
     }
 
     fn held(&self) -> Result<Vec<f64>> {

@@ -4,12 +4,13 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use super::{super::gate::Server, DEADLINE, Place, RECORDS, Watched, answered, v4};
-use crate::{
-    Agent, Machine, NetNs, ProcessGuard, first,
-    scene::{FAR, KIND},
-    wait_until,
+use super::{
+    super::gate::Server,
+    DEADLINE, Place, RECORDS, Watched, answered,
+    companions::{Beside, Companion},
+    v4,
 };
+use crate::{Agent, Machine, NetNs, ProcessGuard, first, scene::FAR, wait_until};
 
 /// A process of the host, held at its exec.
 pub(super) struct AtExec {
@@ -18,36 +19,51 @@ pub(super) struct AtExec {
     near: NetNs,
     _far: NetNs,
     server: Server,
+    companion: Companion,
     selected: PathBuf,
     other: PathBuf,
 }
 
 impl AtExec {
-    pub(super) fn new(machine: &Machine) -> Result<Self> {
+    pub(super) fn new(machine: &Machine, beside: Beside) -> Result<Self> {
         let (near, far) = NetNs::pair()?;
         let server = Server::start(&far, &format!("{FAR}:8080"))?;
         let build = |name| first::build(machine.directory(), name, v4(server.address)?);
         let (selected, other) = (build("first-selected")?, build("bare")?);
         let mut agent = Agent::new(machine, None)?;
-        let policy = format!(
-            "{KIND}\nmetadata: {{ name: web }}\nspec:\n  \
-             select: {{ runtimes: [process], executables: [\"{}\"] }}\n  \
-             companions: [{{ name: relay, builtin: relay, stopGrace: 1s }}]\n  \
-             redirect: {{ outbound: [{{ to: relay }}] }}\n  onFailure: closed\n",
-            selected.display()
-        );
-        agent.policy("web.yaml", &policy)?;
+        let companion = Companion::new(machine, beside)?;
+        let select = format!("runtimes: [process], executables: [\"{}\"]", selected.display());
+        agent.policy("web.yaml", &companion.policy(&select))?;
         agent.run()?;
         wait_until("programs held at their exec", RECORDS, || {
             agent.log().is_ok_and(|log| log.contains("held at their exec"))
         })?;
-        Ok(Self { watched: Watched::new(&agent)?, agent, near, _far: far, server, selected, other })
+        Ok(Self {
+            watched: Watched::new(&agent)?,
+            agent,
+            near,
+            _far: far,
+            server,
+            companion,
+            selected,
+            other,
+        })
     }
 }
 
 impl Place for AtExec {
     fn server(&self) -> &Server {
         &self.server
+    }
+
+    /// What was started before has gone, with its companions.
+    fn before(&self) -> Result<()> {
+        wait_until("an agent without workloads", DEADLINE, || {
+            self.agent
+                .json(&["list"])
+                .is_ok_and(|list| list["workloads"].as_array().is_some_and(Vec::is_empty))
+        })?;
+        self.companion.prepare()
     }
 
     fn start(&self, name: &str, matched: bool) -> Result<()> {
@@ -57,7 +73,7 @@ impl Place for AtExec {
     }
 
     fn captured(&self, expected: usize) -> Result<usize> {
-        Watched::captured(&self.agent, self.server.address, expected)
+        self.companion.captured(&self.agent, self.server.address, expected)
     }
 
     fn held(&self) -> Result<Vec<f64>> {
