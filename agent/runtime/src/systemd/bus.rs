@@ -22,6 +22,7 @@ const SYSTEMD: &str = "org.freedesktop.systemd1";
 const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
 pub(super) const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
+const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 const SERVICE: &str = "org.freedesktop.systemd1.Service";
 const BUS: &str = "org.freedesktop.DBus";
 const BUS_PATH: &str = "/org/freedesktop/DBus";
@@ -192,7 +193,20 @@ impl Bus {
         Ok(names.filter_map(|name| UnitName::try_from(name).ok()).collect())
     }
 
-    /// Looks at a unit. systemd loads it for that if it is not loaded.
+    /// Whether systemd has a unit loaded. What it has unloaded has ended, and nobody waits for it.
+    pub(super) async fn is_loaded(&self, name: &UnitName) -> Result<bool, BusError> {
+        match self.manager("GetUnit", &(name.as_str(),), self.deadline).await {
+            Ok(_) => Ok(true),
+            Err(BusError::Call { source: zbus::Error::MethodError(error, ..), .. })
+                if error.as_str() == NO_SUCH_UNIT =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Looks at a unit. systemd loads it for that if it is not loaded, and says so by signals.
     pub(super) async fn unit(&self, name: &UnitName) -> Result<Unit, BusError> {
         let object = name.object();
         let path = object.as_str();

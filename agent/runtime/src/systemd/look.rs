@@ -111,6 +111,10 @@ impl Look {
 
     /// Looks at one unit. An error means that systemd gave no answer.
     pub(super) async fn at(&self, name: &UnitName) -> Result<Seen, BusError> {
+        // Looked at, it would be loaded and unloaded again, which systemd would tell, which would be looked at: for ever.
+        if !self.bus.is_loaded(name).await? {
+            return Ok(Seen { observation: Observation::Absent, invocation: Vec::new() });
+        }
         let unit = self.bus.unit(name).await?;
         // Another name for a unit that is told under its own.
         let observation =
