@@ -2,7 +2,13 @@
 //!
 //! The agent has its default places: within the systemd's mount namespace all but the BPF file system is this test's own.
 
-use std::{collections::BTreeSet, fs, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
@@ -24,7 +30,8 @@ pub struct Booted {
     pub lab: Lab,
     /// At [`FAR`].
     pub echo: EchoServer,
-    _far: NetNs,
+    /// Where the echo server is.
+    pub far: NetNs,
 }
 
 /// A workload's id as the agent has it.
@@ -51,7 +58,7 @@ impl Booted {
             End { netns: &far, device: "near", addresses: &["10.77.0.2/24"] },
         )?;
         let echo = EchoServer::start(&far, &format!("{FAR}:0"))?;
-        Ok(Self { lab, echo, _far: far })
+        Ok(Self { lab, echo, far })
     }
 
     /// Boots and starts the agent as its own unit, `systemd/pillion.service`, of programs that are where they were built.
@@ -112,6 +119,15 @@ impl Booted {
             "mkdir -p \"$(dirname '{path}')\" && cat >'{path}' <<'PILLION_END'\n{text}\nPILLION_END\n"
         ))
         .map(drop)
+    }
+
+    /// Brings in a program of the machine's; returns its path inside.
+    pub fn program(&self, program: &Path) -> Result<PathBuf> {
+        let name = program.file_name().context("a program has a name")?;
+        let path = Path::new("usr/local/bin").join(name);
+        let inside = Path::new("/proc").join(self.lab.value("INIT_PID")?).join("root").join(&path);
+        fs::copy(program, &inside).with_context(|| format!("cannot copy to {}", inside.display()))?;
+        Ok(Path::new("/").join(path))
     }
 
     /// A service unit, which systemd then knows.
@@ -198,8 +214,15 @@ impl Booted {
 
     /// Waits until the agent does not know a unit any more.
     pub fn until_forgotten(&self, unit: &str) -> Result<()> {
-        wait_until(&format!("an agent that has forgotten {unit}"), SOON, || {
-            self.pillion(&["describe", &id(unit)]).is_ok_and(|done| done.status.code() == Some(1))
+        let mut last = String::new();
+        let forgotten = wait_until(&format!("an agent that has forgotten {unit}"), SOON, || {
+            self.pillion(&["describe", &id(unit)]).is_ok_and(|done| {
+                last = done.stdout;
+                done.status.code() == Some(1)
+            })
+        });
+        forgotten.with_context(|| {
+            format!("the last look showed {last}\n{}", self.log("pillion.service").unwrap_or_default())
         })
     }
 
@@ -208,18 +231,22 @@ impl Booted {
         Ok(self.sh(&format!("journalctl --no-pager -o cat -u '{unit}'"))?.stdout)
     }
 
-    /// The relay's records of connections of a unit to a destination.
+    /// How many records the relay has of connections of a unit to a destination.
     pub fn records(&self, unit: &str, destination: SocketAddr) -> Result<usize> {
-        let (workload, destination) = (id(unit), destination.to_string());
+        let workload = id(unit);
+        Ok(self.records_to(destination)?.iter().filter(|record| record["workload"] == *workload).count())
+    }
+
+    /// The relays' records of connections of any unit to a destination.
+    pub fn records_to(&self, destination: SocketAddr) -> Result<Vec<Value>> {
+        let destination = destination.to_string();
         let log = self.log("pillion.service")?;
         let message = |line: &str| {
             let line: Value = serde_json::from_str(line).ok()?;
             let text = line.pointer("/fields/message").or_else(|| line.get("message"))?.as_str()?.to_owned();
             serde_json::from_str::<Value>(&text).ok()
         };
-        let records = log.lines().filter_map(message);
-        let fits = |record: &Value| record["workload"] == *workload && record["destination"] == *destination;
-        Ok(records.filter(fits).count())
+        Ok(log.lines().filter_map(message).filter(|record| record["destination"] == *destination).collect())
     }
 
     /// Waits for exactly so many records.

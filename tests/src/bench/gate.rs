@@ -140,7 +140,9 @@ pub(super) fn run(output: &Path, share: f64, only: &[&str]) -> Result<()> {
         let outcome = on_machine_within(LIMIT, |machine| {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some thousands")]
             let starts = (f64::from(station.starts) * share).ceil() as u32;
-            line = Some(measure(station.name, &*(station.prepare)(machine)?, starts)?);
+            let place = (station.prepare)(machine)?;
+            line = Some(measure(station.name, &*place, starts)?);
+            place.end()?;
             Ok(())
         });
         let missed = line.iter().filter(|line| line.captured != line.starts as usize);

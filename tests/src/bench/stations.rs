@@ -8,6 +8,7 @@ mod engines;
 mod exec;
 mod pods;
 mod run;
+mod units;
 
 use std::{
     net::{SocketAddr, SocketAddrV4},
@@ -52,6 +53,11 @@ pub(super) trait Place {
 
     /// What the agent let the gate wait, in milliseconds, for each that it held.
     fn held(&self) -> Result<Vec<f64>>;
+
+    /// Takes away what dropping it would not.
+    fn end(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
 }
 
 pub(super) const STATIONS: &[Station] = &[
@@ -104,6 +110,11 @@ pub(super) const STATIONS: &[Station] = &[
         name: "nri containerd 2",
         starts: 500,
         prepare: |machine| Ok(Box::new(pods::InPods::nri(machine, "sid")?)),
+    },
+    Station {
+        name: "systemd unit",
+        starts: 50,
+        prepare: |machine| Ok(Box::new(units::Units::new(machine)?)),
     },
     // Other companions than the relay.
     Station {
