@@ -30,6 +30,7 @@ pub mod ready;
 pub mod run;
 pub mod scene;
 pub mod systemd;
+pub mod vm;
 pub mod wait;
 
 pub use agent::Agent;

@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 
-use super::stations::{Place, STATIONS};
+use super::stations::{Place, STATIONS, Told, Way};
 use crate::{NetNs, on_machine_within, process};
 
 /// Starts before those that count.
@@ -97,9 +97,9 @@ struct Line {
     /// What the agent let the gate wait, in milliseconds; absent where no agent is asked.
     held_p50: Option<f64>,
     held_p99: Option<f64>,
-    /// From the command to the server's accept, p50 and p99 in milliseconds.
-    start_with: [f64; 2],
-    start_without: [f64; 2],
+    /// From the command to the server's accept, p50 and p99 in milliseconds; absent where that means nothing.
+    start_with: Option<[f64; 2]>,
+    start_without: Option<[f64; 2]>,
 }
 
 /// What is written.
@@ -136,20 +136,27 @@ pub(super) fn run(output: &Path, share: f64, only: &[&str]) -> Result<()> {
     head(&figures);
     let mut failed = Vec::new();
     for station in STATIONS.iter().filter(|station| only.is_empty() || only.contains(&station.name)) {
-        let mut line = None;
+        let mut lines = Vec::new();
         let outcome = on_machine_within(LIMIT, |machine| {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some thousands")]
             let starts = (f64::from(station.starts) * share).ceil() as u32;
-            let place = (station.prepare)(machine)?;
-            line = Some(measure(station.name, &*place, starts)?);
-            place.end()?;
+            match station.way {
+                Way::Here(prepare) => {
+                    let place = prepare(machine)?;
+                    lines.push(measure(station.name, &*place, starts)?);
+                    place.end()?;
+                }
+                Way::Elsewhere(measure) => {
+                    lines.extend(measure(machine, starts)?.iter().map(Line::elsewhere));
+                }
+            }
             Ok(())
         });
-        let missed = line.iter().filter(|line| line.captured != line.starts as usize);
+        let missed = lines.iter().filter(|line| line.captured != line.starts as usize);
         failed.extend(missed.map(|line| format!("{}: first connections were missed", line.gate)));
         failed.extend(outcome.err().map(|error| format!("{}: {error:#}", station.name)));
-        line.iter().for_each(show);
-        figures.gates.extend(line);
+        lines.iter().for_each(show);
+        figures.gates.append(&mut lines);
         // Some gates take an hour: what has been measured is kept, whatever becomes of the others.
         figures.write(output)?;
     }
@@ -178,16 +185,28 @@ fn measure(gate: &'static str, place: &dyn Place, starts: u32) -> Result<Line> {
         }
     }
     let captured = place.captured((starts + WARM_UP) as usize)? - captured;
-    let held = place.held()?;
+    let both = |took: &[f64]| Some([percentile(took, 50), percentile(took, 99)]);
     Ok(Line {
-        gate,
-        starts,
-        captured,
-        held_p50: (!held.is_empty()).then(|| percentile(&held, 50)),
-        held_p99: (!held.is_empty()).then(|| percentile(&held, 99)),
-        start_with: [percentile(&with, 50), percentile(&with, 99)],
-        start_without: [percentile(&without, 50), percentile(&without, 99)],
+        start_with: both(&with),
+        start_without: both(&without),
+        ..Line::elsewhere(&Told { gate, starts, captured, held: place.held()? })
     })
+}
+
+impl Line {
+    /// Of a gate where starts are not timed.
+    fn elsewhere(told: &Told) -> Self {
+        let held = |percent| (!told.held.is_empty()).then(|| percentile(&told.held, percent));
+        Self {
+            gate: told.gate,
+            starts: told.starts,
+            captured: told.captured,
+            held_p50: held(50),
+            held_p99: held(99),
+            start_with: None,
+            start_without: None,
+        }
+    }
 }
 
 /// By the nearest rank.
@@ -218,6 +237,7 @@ fn head(figures: &Figures) {
 #[expect(clippy::print_stdout, reason = "a command line program")]
 fn show(line: &Line) {
     let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+    let of = |both: Option<[f64; 2]>, which: usize| number(both.map(|both| both[which]));
     println!(
         "{:36} {:>7} {:>9} {:>10} {:>10} {:>12} {:>12} {:>12} {:>12}",
         line.gate,
@@ -225,10 +245,10 @@ fn show(line: &Line) {
         line.captured,
         number(line.held_p50),
         number(line.held_p99),
-        number(Some(line.start_with[0])),
-        number(Some(line.start_with[1])),
-        number(Some(line.start_without[0])),
-        number(Some(line.start_without[1]))
+        of(line.start_with, 0),
+        of(line.start_with, 1),
+        of(line.start_without, 0),
+        of(line.start_without, 1)
     );
 }
 

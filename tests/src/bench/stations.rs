@@ -9,6 +9,7 @@ mod exec;
 mod pods;
 mod run;
 mod units;
+mod vm;
 
 use std::{
     net::{SocketAddr, SocketAddrV4},
@@ -32,7 +33,25 @@ pub(super) struct Station {
     pub(super) name: &'static str,
     /// How many starts are enough.
     pub(super) starts: u32,
-    pub(super) prepare: fn(&Machine) -> Result<Box<dyn Place>>,
+    pub(super) way: Way,
+}
+
+/// By which way it is measured.
+pub(super) enum Way {
+    /// One start after the other, with Pillion and without taking turns.
+    Here(fn(&Machine) -> Result<Box<dyn Place>>),
+    /// So many starts elsewhere, at several gates.
+    Elsewhere(fn(&Machine, u32) -> Result<Vec<Told>>),
+}
+
+/// What is told of a gate elsewhere.
+pub(super) struct Told {
+    pub(super) gate: &'static str,
+    pub(super) starts: u32,
+    /// How many of the connections went through a companion.
+    pub(super) captured: usize,
+    /// As [`Place::held`].
+    pub(super) held: Vec<f64>,
 }
 
 /// Where workloads are started.
@@ -61,85 +80,86 @@ pub(super) trait Place {
 }
 
 pub(super) const STATIONS: &[Station] = &[
-    Station { name: "run", starts: 2000, prepare: |machine| Ok(Box::new(run::Run::new(machine)?)) },
+    Station { name: "run", starts: 2000, way: Way::Here(|machine| Ok(Box::new(run::Run::new(machine)?))) },
     Station {
         name: "wrapper containerd 1.6",
         starts: 500,
-        prepare: |machine| {
+        way: Way::Here(|machine| {
             Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Wrapper, Beside::Relay)?))
-        },
+        }),
     },
     Station {
         name: "hook containerd 1.6",
         starts: 500,
-        prepare: |machine| {
+        way: Way::Here(|machine| {
             Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Hook, Beside::Relay)?))
-        },
+        }),
     },
     Station {
         name: "wrapper CRI containerd 1.6",
         starts: 500,
-        prepare: |machine| Ok(Box::new(pods::InPods::wrapper(machine)?)),
+        way: Way::Here(|machine| Ok(Box::new(pods::InPods::wrapper(machine)?))),
     },
     Station {
         name: "wrapper docker 20.10",
         starts: 500,
-        prepare: |machine| Ok(Box::new(engines::InEngine::docker(machine, "bookworm")?)),
+        way: Way::Here(|machine| Ok(Box::new(engines::InEngine::docker(machine, "bookworm")?))),
     },
     Station {
         name: "wrapper docker 28",
         starts: 500,
-        prepare: |machine| Ok(Box::new(engines::InEngine::docker(machine, "sid")?)),
+        way: Way::Here(|machine| Ok(Box::new(engines::InEngine::docker(machine, "sid")?))),
     },
     Station {
         name: "hook podman 4.3",
         starts: 500,
-        prepare: |machine| Ok(Box::new(engines::InEngine::podman(machine)?)),
+        way: Way::Here(|machine| Ok(Box::new(engines::InEngine::podman(machine)?))),
     },
     Station {
         name: "exec",
         starts: 500,
-        prepare: |machine| Ok(Box::new(exec::AtExec::new(machine, Beside::Relay)?)),
+        way: Way::Here(|machine| Ok(Box::new(exec::AtExec::new(machine, Beside::Relay)?))),
     },
     Station {
         name: "nri containerd 1.7",
         starts: 500,
-        prepare: |machine| Ok(Box::new(pods::InPods::nri(machine, "trixie")?)),
+        way: Way::Here(|machine| Ok(Box::new(pods::InPods::nri(machine, "trixie")?))),
     },
     Station {
         name: "nri containerd 2",
         starts: 500,
-        prepare: |machine| Ok(Box::new(pods::InPods::nri(machine, "sid")?)),
+        way: Way::Here(|machine| Ok(Box::new(pods::InPods::nri(machine, "sid")?))),
     },
     Station {
         name: "systemd unit",
         starts: 50,
-        prepare: |machine| Ok(Box::new(units::Units::new(machine)?)),
+        way: Way::Here(|machine| Ok(Box::new(units::Units::new(machine)?))),
     },
+    Station { name: "vm", starts: 50, way: Way::Elsewhere(vm::measure) },
     // Other companions than the relay.
     Station {
         name: "exec, warm HAProxy",
         starts: 100,
-        prepare: |machine| Ok(Box::new(exec::AtExec::new(machine, Beside::WarmHaproxy)?)),
+        way: Way::Here(|machine| Ok(Box::new(exec::AtExec::new(machine, Beside::WarmHaproxy)?))),
     },
     Station {
         name: "exec, cold Envoy",
         starts: 30,
-        prepare: |machine| Ok(Box::new(exec::AtExec::new(machine, Beside::ColdEnvoy)?)),
+        way: Way::Here(|machine| Ok(Box::new(exec::AtExec::new(machine, Beside::ColdEnvoy)?))),
     },
     Station {
         name: "wrapper containerd 1.6, warm HAProxy",
         starts: 100,
-        prepare: |machine| {
+        way: Way::Here(|machine| {
             Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Wrapper, Beside::WarmHaproxy)?))
-        },
+        }),
     },
     Station {
         name: "wrapper containerd 1.6, cold Envoy",
         starts: 30,
-        prepare: |machine| {
+        way: Way::Here(|machine| {
             Ok(Box::new(containers::InContainerd::new(machine, hooked::Way::Wrapper, Beside::ColdEnvoy)?))
-        },
+        }),
     },
 ];
 
