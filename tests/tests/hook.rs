@@ -1,5 +1,6 @@
-//! `pillion-hook` with a real containerd and with runc alone: a container whose very first instruction is a connection is held
-//! until its relay is there, and what becomes of it when that does not come, when there is no agent, and when one of the two ends.
+//! `pillion-hook` with a real containerd, also beneath its CRI, and with runc alone: a container whose very first instruction is a
+//! connection is held until its relay is there, and what becomes of it when that does not come, when there is no agent, and when
+//! one of the two ends.
 
 use std::{
     fs,
@@ -9,16 +10,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use pillion_tests::{
-    Finished, Hooks, Machine, ProcessGuard, Way,
+    Agent, EchoServer, Finished, Hooks, Lab, Machine, PodSpec, Pods, ProcessGuard, Way,
     containerd::Container,
+    first,
     hooked::FIRST,
     on_machine,
+    pods::{GATEWAY, PROGRAM, WRAPPED, workload},
     scene::{FAR, KIND, Scene, id, source_is, web},
     wait_for, wait_until,
 };
@@ -450,5 +453,66 @@ fn policies_that_went_bad_are_stood_in_for_by_the_last_good_ones() -> Result<()>
             status["policies"]["ofEarlierAgent"] == false && status["policies"]["refused"].is_null()
         })?;
         stage.end()
+    })
+}
+
+#[test]
+fn pods_of_a_containerd_without_nri_are_captured_from_their_init_containers_on() -> Result<()> {
+    on_machine(|machine| {
+        let mut agent = Agent::new(machine, None)?;
+        let lab = Lab::wrapped_containerd(machine, "bookworm", &agent)?;
+        agent.serve(lab.value("CONTAINERD_ADDRESS")?, "none");
+        let pods = Pods::of(&lab)?;
+        let echo = EchoServer::start(&pods.netns()?, "0.0.0.0:8080")?;
+        let program = first::build(machine.directory(), "first", format!("{GATEWAY}:8080").parse()?)?;
+        agent.policy("web.yaml", &web("closed", ""))?;
+        agent.run()?;
+        agent.until_status("containerd", source_is("up"))?;
+        let spec = |name, labels| PodSpec {
+            name,
+            labels,
+            runtime: WRAPPED,
+            program: Some(&program),
+            ..PodSpec::default()
+        };
+        // An init container, to its end; then the application.
+        let pod = pods.run(&spec("web-1", &[("app", "web")]))?;
+        for (number, name) in ["init", "app"].into_iter().enumerate() {
+            let container = pod.run(name, &[PROGRAM])?;
+            assert_eq!(pod.exit_code(&container)?, first::exit::ANSWERED, "{name}");
+            assert_eq!(agent.counter("outboundRedirected")?, number as u64 + 1, "{name}");
+            assert_eq!(echo.peers().len(), number + 1, "{name}");
+            assert_eq!(agent.workload(&workload(&container))?, None, "{name} is a part of its pod");
+        }
+        let known = agent.workload(&pod.id())?.context("the pod is a workload")?;
+        for (field, wanted) in [("verdict", "attached"), ("firstInstruction", "before"), ("gate", "wrapper")]
+        {
+            assert_eq!(known[field], wanted, "{known}");
+        }
+        let subject = &known["subject"];
+        assert_eq!((&subject["name"], &subject["namespace"]), (&"web-1".into(), &"shop".into()));
+
+        // Of the same runtime class, and no policy selects it.
+        let other = pods.run(&spec("other", &[]))?;
+        let container = other.run("app", &[PROGRAM])?;
+        assert_eq!(other.exit_code(&container)?, first::exit::ANSWERED);
+        assert_eq!((agent.counter("outboundRedirected")?, echo.peers().len()), (2, 3));
+
+        // Without an agent the policies of before decide.
+        agent.stop(Signal::SIGTERM)?;
+        let refused = pods.run(&spec("refused", &[("app", "web")]))?;
+        let error = refused.run("app", &[PROGRAM]).map(drop).expect_err("a closed policy refuses it");
+        let error = format!("{error:#}");
+        ensure!(error.contains("pillion") && error.contains("web"), "{error}");
+        let open = pods.run(&spec("unselected", &[]))?;
+        let container = open.run("app", &[PROGRAM])?;
+        assert_eq!((open.exit_code(&container)?, echo.peers().len()), (first::exit::ANSWERED, 4));
+
+        for pod in [pod, other, refused, open] {
+            pod.delete()?;
+        }
+        agent.end()?;
+        drop((echo, pods));
+        lab.down()
     })
 }
