@@ -73,6 +73,30 @@ fn the_very_first_connection_of_a_unit_is_captured_each_time_it_starts() -> Resu
 }
 
 #[test]
+fn units_that_systemd_has_unloaded_are_forgotten_and_stay_unloaded() -> Result<()> {
+    on_machine(|_| {
+        let booted = Booted::with_agent()?;
+        let far = booted.echo.address();
+        booted.unit("pay-t@.service", &format!("Type=oneshot\nExecStart={}", connects(far)))?;
+        booted.policy("pay.yaml", &policy("pay", "units: ['pay-t@*.service']", RELAY, "closed"))?;
+        booted.until_drop_ins(&["pay-t@.service"])?;
+        // Each is unloaded when it has ended. More of them than the agent looks at at once.
+        for number in 0..8 {
+            let unit = format!("pay-t@{number}.service");
+            booted.start(&[&unit])?;
+            booted.until_records(&unit, far, 1)?;
+            booted.until_forgotten(&unit)?;
+        }
+        // Whoever asks a unit for its properties makes systemd load it, and tell of that.
+        let listen = "timeout 1 busctl monitor org.freedesktop.systemd1 | grep -c 'pay-t@' || true";
+        wait_until("a systemd that has nothing to tell of them", SOON, || {
+            booted.sh(listen).is_ok_and(|told| told.stdout.trim() == "0")
+        })?;
+        booted.end()
+    })
+}
+
+#[test]
 fn a_unit_with_a_network_of_its_own_has_its_companion_there() -> Result<()> {
     on_machine(|_| {
         let booted = Booted::with_agent()?;
