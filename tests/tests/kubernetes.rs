@@ -23,6 +23,9 @@ const CONFIG_MAP: Duration = Duration::from_secs(150);
 const SOON: Duration = Duration::from_secs(60);
 /// Of what is captured from its first instruction.
 const REPLICAS: usize = 3;
+/// Pods of a Job, some of them at once.
+const COMPLETIONS: usize = 20;
+const PARALLELISM: usize = 5;
 
 #[test]
 fn from_apply_to_cleanup() -> Result<()> {
@@ -52,6 +55,7 @@ impl Story<'_> {
         self.install().context("the DaemonSet")?;
         let server = self.server().context("a server")?;
         self.first_instruction(server).context("a Deployment's first instructions")?;
+        self.one_run_of_many(server).context("the first instructions of a Job's pods")?;
         self.live_policies().context("a changed ConfigMap")?;
         let steady = self.steady(server).context("a pod that connects all the time")?;
         self.agent_replaced(&steady).context("the agent's pod replaced")?;
@@ -190,6 +194,32 @@ impl Story<'_> {
         self.cluster
             .kubectl(&["delete", "deployment", "first", "--wait=true", "--cascade=foreground"])
             .map(drop)
+    }
+
+    /// In each pod of a Job an init container and then the main one run once, and connect with their first instruction: of each
+    /// pod there must be two records.
+    fn one_run_of_many(&self, server: SocketAddrV4) -> Result<()> {
+        let earlier = self.records(server)?;
+        let manifest = format!(
+            "apiVersion: batch/v1\nkind: Job\nmetadata: {{ name: many }}\nspec:\n  completions: {COMPLETIONS}\n  \
+             parallelism: {PARALLELISM}\n  backoffLimit: 0\n  template:\n    metadata: {{ labels: {{ app: client }} }}\n    \
+             spec:\n      restartPolicy: Never\n      terminationGracePeriodSeconds: 0\n      initContainers:\n      \
+             - {{ name: init, image: \"localhost/first:1\", imagePullPolicy: IfNotPresent }}\n      containers:\n      \
+             - {{ name: main, image: \"localhost/first:1\", imagePullPolicy: IfNotPresent }}\n"
+        );
+        self.cluster.apply(self.machine, "many.yaml", &manifest)?;
+        self.cluster.pods("pods of the Job that ran to a good end", "job-name=many", |pods| {
+            let ended = pods.iter().filter(|pod| pod["status"]["phase"] == "Succeeded");
+            (ended.count() == COMPLETIONS).then_some(())
+        })?;
+        let mut last = BTreeMap::new();
+        wait_until("records of every container", SOON, || {
+            last = self.records(server).unwrap_or_default();
+            last.retain(|workload, _| !earlier.contains_key(workload));
+            last.len() == COMPLETIONS && last.values().all(|records| *records == 2)
+        })
+        .with_context(|| format!("{COMPLETIONS} pods with two each, and there are {last:?}"))?;
+        self.cluster.kubectl(&["delete", "job", "many", "--wait=true", "--cascade=foreground"]).map(drop)
     }
 
     /// The relays' records of connections to the server that went well, by the log of the agent that runs.
