@@ -129,7 +129,7 @@ impl Figures {
 pub(super) fn run(output: &Path, share: f64, only: &[&str]) -> Result<()> {
     if let Some(unknown) = only.iter().find(|name| STATIONS.iter().all(|station| station.name != **name)) {
         let names: Vec<&str> = STATIONS.iter().map(|station| station.name).collect();
-        bail!("no gate {unknown}; there are: {}", names.join(", "));
+        bail!("no gate {unknown}; there are:\n  {}", names.join("\n  "));
     }
     process::keep_quiet();
     let mut figures = Figures::new()?;
