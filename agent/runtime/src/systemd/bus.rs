@@ -241,6 +241,13 @@ impl Bus {
         })
     }
 
+    /// The state in detail of a loaded unit, and which start of it that is.
+    pub(super) async fn start_of(&self, name: &UnitName) -> Result<(String, Vec<u8>), BusError> {
+        let object = name.object();
+        let path = object.as_str();
+        tokio::try_join!(self.property(path, UNIT, "SubState"), self.property(path, UNIT, "InvocationID"))
+    }
+
     /// Has unit files and drop-ins read again.
     pub(super) async fn reload(&self) -> Result<(), BusError> {
         self.manager("Reload", &(), RELOAD_LIMIT).await.map(drop)

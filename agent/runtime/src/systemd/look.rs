@@ -18,6 +18,9 @@ use crate::{
     inventory::Observation,
 };
 
+/// The state of a service whose `ExecCondition=` runs, our own among them.
+const CONDITION: &str = "condition";
+
 /// Why a unit cannot be told.
 #[derive(Debug, thiserror::Error)]
 pub enum LookError {
@@ -117,8 +120,16 @@ impl Look {
         }
         let unit = self.bus.unit(name).await?;
         // Another name for a unit that is told under its own.
-        let observation =
+        let mut observation =
             if unit.id == name.as_str() { self.observe(name, &unit) } else { Observation::Absent };
+        // systemd was asked before its cgroup was looked at. A start in between gave it another one, which no hook has asked
+        // for yet, and of which what systemd said is not true.
+        if matches!(observation, Observation::Present(..)) {
+            let (sub_state, invocation) = self.bus.start_of(name).await?;
+            if sub_state == CONDITION || invocation != unit.invocation {
+                observation = Observation::Unclear;
+            }
+        }
         Ok(Seen { observation, invocation: unit.invocation })
     }
 
@@ -148,7 +159,7 @@ impl Look {
         }
         // Conditions come before everything else, and our own is among them: its hook asks, and then it is known. What else runs
         // as a condition is soon over.
-        if unit.sub_state == "condition" {
+        if unit.sub_state == CONDITION {
             return Observation::Unclear;
         }
         let cgroup = match self.mounts.resolve(&path) {
