@@ -2,7 +2,8 @@
 //!
 //! A socket that is free to be bound gets a slot's address as its source (v4-mapped for an IPv6 socket, so that one
 //! listener on 127.0.0.1 serves both families). A socket that is bound already, or takes no v4-mapped address
-//! (`IPV6_V6ONLY`), keeps or gets a source port, and its destination is kept by that source. What can be redirected
+//! (`IPV6_V6ONLY`, an address of its own), keeps or gets a source port, and its destination is kept by that source, which
+//! the companion sees. What can be redirected
 //! in neither way follows the failure mode, as does everything while no listener of the companion is there.
 
 use aya_ebpf::{
@@ -24,7 +25,7 @@ use crate::{
     slots::{self, Taken},
     socket::{
         IPPROTO_MPTCP, IPPROTO_TCP, LOOPBACK4, MAPPED, ONE, SOCK_STREAM, TCP_CLOSE, TCP_SYN_SENT, cookie,
-        is_local4, is_local6, is_mapped, listening, read, socket_of, write,
+        is_local4, is_local6, is_mapped, is_multicast4, is_multicast6, listening, read, socket_of, write,
     },
 };
 
@@ -36,7 +37,7 @@ const EPROTONOSUPPORT: i32 = 93;
 const SOL_SOCKET: i32 = 1;
 const SO_BINDTOIFINDEX: i32 = 62;
 
-/// Source ports for IPv6 sockets that take no slot: the dynamic range of RFC 6335.
+/// Source ports for sockets that take no slot: the dynamic range of RFC 6335.
 const DYNAMIC_PORTS: (u32, u32) = (49152, 16384);
 const TRIES_PORT: u32 = 8;
 
@@ -61,7 +62,7 @@ struct SockaddrIn6 {
 pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let config = PL_WORKLOADS.get();
-    if !concerns(ctx, config) {
+    if !concerns(ctx, config, AF_INET) {
         return PASS;
     }
     let address = read!((*ctx).user_ip4);
@@ -70,7 +71,7 @@ pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
     if sk.is_null() {
         return PASS;
     }
-    if is_local4(address) {
+    if is_local4(address) || is_multicast4(address) {
         return pass(ctx, false);
     }
     if is_excluded4(config, address, port_be) {
@@ -104,7 +105,7 @@ pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
 pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let config = PL_WORKLOADS.get();
-    if !concerns(ctx, config) {
+    if !concerns(ctx, config, AF_INET6) {
         return PASS;
     }
     let address = [
@@ -120,9 +121,11 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     }
     let mapped = is_mapped(&address);
     let (local, excluded) = if mapped {
-        (is_local4(address[3]), is_excluded4(config, address[3], port_be))
+        let local = is_local4(address[3]) || is_multicast4(address[3]);
+        (local, is_excluded4(config, address[3], port_be))
     } else {
-        (is_local6(&address), is_excluded6(config, &address, port_be))
+        let local = is_local6(&address) || is_multicast6(&address);
+        (local, is_excluded6(config, &address, port_be))
     };
     if local {
         return pass(ctx, true);
@@ -159,7 +162,11 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     if !carried && !mapped && listening(config.workload, port, AF_INET6) {
         state.flags |= Redirected::DIALLED6;
         refused = EADDRNOTAVAIL;
-        carried = (has_port || (bound_any && take_port6(ctx, &mut state))) && carry_by_source(&state, netns);
+        let from = if bound_any { [0, 0, 0, ONE] } else { bound };
+        carried = (has_port || take_port(ctx, &mut state, from, true)) && carry_by_source(&state, netns);
+        if bound_any && !has_port {
+            state.flags |= Redirected::REBOUND;
+        }
     } else if !carried && by4 && has_port && (bound_any || is_mapped(&bound)) {
         carried = carry_by_source(&state, netns);
     }
@@ -211,9 +218,11 @@ pub fn pl_socket(ctx: SockContext) -> i32 {
     DENY
 }
 
+/// An address of another family than the socket's is the kernel's to refuse.
 #[inline(always)]
-fn concerns(ctx: *mut bpf_sock_addr, config: &WorkloadConfig) -> bool {
+fn concerns(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, family: u16) -> bool {
     config.flags & flags::OUTBOUND != 0
+        && read!((*ctx).user_family) == u32::from(family)
         && read!((*ctx).type_) == SOCK_STREAM
         && read!((*ctx).protocol) == IPPROTO_TCP
 }
@@ -284,6 +293,15 @@ fn carry(
     if state.source_port != 0 {
         return !v6 && carry_by_source(state, netns);
     }
+    let bound = state.bound[0];
+    // Bound by the application to an address alone (`IP_BIND_ADDRESS_NO_PORT`): it stays, so that the companion can take it
+    // for its own dial. Without a free port it cannot.
+    if bound != 0 && SlotAddress::decode(u32::from_be(bound)).is_none() {
+        let from = if v6 { [0, 0, MAPPED, bound] } else { [bound, 0, 0, 0] };
+        if take_port(ctx, state, from, v6) {
+            return carry_by_source(state, netns);
+        }
+    }
     let Some(taken) = slots::take(netns, config.workload, &state.destination) else { return false };
     let source = SlotAddress::encode(taken.slot, taken.generation).to_be();
     if bind_to(ctx, if v6 { [0, 0, MAPPED, source] } else { [source, 0, 0, 0] }, 0, v6) {
@@ -305,15 +323,14 @@ fn carry_by_source(state: &Redirected, netns: u64) -> bool {
     slots::keep_by_source(&slots::key_of(state, netns), &state.destination, state.workload)
 }
 
-/// Binds an IPv6 socket to `::1` and a port of our choice, because only a known source can carry the destination.
+/// Binds a socket to `from` and a port of our choice, because only a known source can carry the destination.
 #[inline(always)]
-fn take_port6(ctx: *mut bpf_sock_addr, state: &mut Redirected) -> bool {
+fn take_port(ctx: *mut bpf_sock_addr, state: &mut Redirected, from: [u32; 4], v6: bool) -> bool {
     for _ in 0..TRIES_PORT {
         // SAFETY: takes nothing, returns a number.
         let port = DYNAMIC_PORTS.0 + unsafe { bpf_get_prandom_u32() } % DYNAMIC_PORTS.1;
-        if bind_to(ctx, [0, 0, 0, ONE], (port as u16).to_be(), true) {
+        if bind_to(ctx, from, (port as u16).to_be(), v6) {
             state.source_port = port;
-            state.flags |= Redirected::REBOUND;
             return true;
         }
     }

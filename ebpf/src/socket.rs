@@ -79,6 +79,18 @@ pub fn is_local6(address: &[u32; 4]) -> bool {
     address[0] == 0 && address[1] == 0 && address[2] == 0 && (address[3] == ONE || address[3] == 0)
 }
 
+/// 224.0.0.0/4 and 255.255.255.255: connect() of a stream refuses them itself (`ENETUNREACH`).
+#[inline(always)]
+pub fn is_multicast4(address: u32) -> bool {
+    address & 0xf000_0000_u32.to_be() == 0xe000_0000_u32.to_be() || address == u32::MAX
+}
+
+/// ff00::/8, likewise.
+#[inline(always)]
+pub fn is_multicast6(address: &[u32; 4]) -> bool {
+    address[0] & 0xff00_0000_u32.to_be() == 0xff00_0000_u32.to_be()
+}
+
 /// `::ffff:0:0/96`.
 #[inline(always)]
 pub fn is_mapped(address: &[u32; 4]) -> bool {
