@@ -23,7 +23,7 @@ use rustix::{
 use super::{
     connection::{CHUNK, Connection, Progress, Side},
     metrics::Metrics,
-    origin::{OriginalDestination, plain, source},
+    origin::{OriginalDestination, own_address, plain, source},
     record::{Direction, Outcome, Record, Records},
     slab::{Slab, Token},
     socket::{self, Listener},
@@ -279,7 +279,8 @@ impl Relay {
         let dialled = match destination {
             None => Err(Outcome::NoOriginalDestination),
             Some(destination) if self.is_own(destination) => Err(Outcome::Loop),
-            Some(destination) => socket::dial(destination).map(|upstream| (destination, upstream)),
+            Some(destination) => socket::dial(destination, own_address(direction, peer, destination))
+                .map(|upstream| (destination, upstream)),
         };
         // Asked now: a dial that fails later may take its address with it.
         let upstream = dialled.as_ref().ok().map(|(_, upstream)| upstream.as_fd());

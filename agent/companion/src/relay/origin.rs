@@ -72,6 +72,15 @@ pub(super) fn source(
     SocketAddr::new(address, peer.port())
 }
 
+/// The address that the application had bound its connection to, which `peer` shows then: its companion dials from there,
+/// too. None when the application left the choice to the kernel.
+pub(super) fn own_address(direction: Direction, peer: SocketAddr, destination: SocketAddr) -> Option<IpAddr> {
+    let chosen = direction == Direction::Outbound
+        && !peer.ip().is_loopback()
+        && peer.is_ipv4() == destination.is_ipv4();
+    chosen.then(|| peer.ip())
+}
+
 /// `::ffff:a.b.c.d` is IPv4 in disguise; dialled as such it would need an IPv6 socket for nothing.
 pub(super) fn plain(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
@@ -118,6 +127,23 @@ mod tests {
             let peer = peer.parse().unwrap();
             assert_eq!(source(peer, Some(v4), dialled), peer);
         }
+    }
+
+    #[test]
+    fn only_an_address_that_the_application_chose_is_dialled_from() {
+        let of = |direction, peer: &str, destination: &str| {
+            own_address(direction, peer.parse().unwrap(), destination.parse().unwrap())
+        };
+        for (peer, destination) in
+            [("10.77.0.5:40000", "192.0.2.1:80"), ("[fd77::5]:40000", "[2001:db8::1]:80")]
+        {
+            let own = peer.parse::<SocketAddr>().unwrap().ip();
+            assert_eq!(of(Direction::Outbound, peer, destination), Some(own));
+            assert_eq!(of(Direction::Inbound, peer, destination), None);
+        }
+        assert_eq!(of(Direction::Outbound, "127.64.0.9:40000", "192.0.2.1:80"), None);
+        assert_eq!(of(Direction::Outbound, "[::1]:40000", "[2001:db8::1]:80"), None);
+        assert_eq!(of(Direction::Outbound, "10.77.0.5:40000", "[2001:db8::1]:80"), None);
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! The relay's system calls on sockets: listen, dial, reset. Never keeps state.
 
 use std::{
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
     os::fd::{BorrowedFd, OwnedFd},
     time::Duration,
 };
 
+use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use rustix::{
     io::{Errno, Result},
     net::{
@@ -80,16 +81,23 @@ impl Listener {
     }
 }
 
-/// Begins to connect to `destination`; the socket becomes writable when that is done.
+/// Begins to connect to `destination`, from the address `from` if that is given; the socket becomes writable when that is
+/// done. The port is chosen at the connect, so that one address has a full range for each destination.
 ///
 /// # Errors
 /// What the connection's record is to say.
-pub(super) fn dial(destination: SocketAddr) -> std::result::Result<OwnedFd, Outcome> {
+pub(super) fn dial(destination: SocketAddr, from: Option<IpAddr>) -> std::result::Result<OwnedFd, Outcome> {
     let socket = stream_socket(destination).map_err(outcome_of)?;
-    match prepare(&socket).and_then(|()| connect(&socket, &destination)) {
+    let bound = || from.map_or(Ok(()), |from| bind_address(&socket, from));
+    match prepare(&socket).and_then(|()| bound()).and_then(|()| connect(&socket, &destination)) {
         Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => Ok(socket),
         Err(error) => Err(outcome_of(error)),
     }
+}
+
+fn bind_address(socket: &OwnedFd, from: IpAddr) -> Result<()> {
+    setsockopt(socket, IpBindAddressNoPort, &true).map_err(|errno| Errno::from_raw_os_error(errno as i32))?;
+    bind(socket, &SocketAddr::new(from, 0))
 }
 
 /// What a dial that failed with `error` is called in its record.
