@@ -135,8 +135,9 @@ impl Connection {
     pub(super) fn note(&mut self, side: Side, flags: EventFlags) {
         let peer = &mut self.peers[side as usize];
         peer.note(flags);
-        if flags.contains(EventFlags::ERR) && (peer.ended || self.connect.is_none()) {
-            // No read will come across it.
+        let unread = || rustix::io::ioctl_fionread(&peer.socket).is_ok_and(|bytes| bytes > 0);
+        if flags.contains(EventFlags::ERR) && (peer.ended || (self.connect.is_none() && !unread())) {
+            // No read will come across it. What a client sent before its reset is read when the dial is over.
             self.break_off(side);
         }
     }
