@@ -214,12 +214,16 @@ impl Connection {
                 if !sink.writable {
                     return false;
                 }
-                let read = source.read(scratch).map_err(|()| from);
-                read.and_then(|length| {
-                    // What filled the buffer is most probably followed by more.
-                    let more = length == scratch.len();
-                    sink.send(&scratch[..length], more).map_err(|()| from.other())
-                })
+                if let Some(byte) = source.urgent_byte() {
+                    sink.send_urgent(byte).map_err(|()| from.other())
+                } else {
+                    let read = source.read(scratch).map_err(|()| from);
+                    read.and_then(|length| {
+                        // What filled the buffer is most probably followed by more.
+                        let more = length == scratch.len();
+                        sink.send(&scratch[..length], more).map_err(|()| from.other())
+                    })
+                }
             } else if sink.writable {
                 sink.send_pending().map_err(|()| from.other())
             } else {

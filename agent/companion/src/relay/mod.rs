@@ -14,7 +14,7 @@
 //! - *Resets*: after a reset by one side, what it had sent before is passed on and acknowledged (for at most 30 s),
 //!   then the other side is reset. A failed dial resets the client, whose own connect had succeeded by then. What the
 //!   sender's kernel threw away at its reset is lost, as it is without a relay.
-//! - *Not kept*: urgent data. The urgent byte is dropped, the stream goes on.
+//! - *Urgent data*: passed on as such, at its place in the stream.
 //!
 //! # Limits
 //! At the limit on connections, or without descriptors, nothing is accepted; clients wait in the backlog. At SIGTERM

@@ -1,12 +1,14 @@
 //! One of the two sockets of a connection, read and written without ever waiting. Knows nothing of the other one.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use rustix::{
     event::epoll::EventFlags,
     io::Errno,
     net::{RecvFlags, SendFlags, recv, send, sockopt},
 };
+
+use super::outq::is_at_mark;
 
 /// One socket of a connection, its readiness, and what it has not yet taken.
 #[derive(Debug)]
@@ -20,6 +22,8 @@ pub(super) struct Peer {
     pub(super) writable: bool,
     /// More than data may be waiting (an end, an error, an urgent mark): a short read does not mean "empty".
     pub(super) exhaust: bool,
+    /// An urgent byte is on its way or waits to be read.
+    urgent: bool,
     /// Its stream has ended, or cannot be read any further.
     pub(super) ended: bool,
     /// Its end has been passed on to it.
@@ -30,6 +34,8 @@ pub(super) struct Peer {
     /// Read from the other side and not yet taken by this one. Empty, without memory, unless this side is slow.
     pub(super) pending: Vec<u8>,
     pending_from: usize,
+    /// What is pending is one urgent byte.
+    pending_urgent: bool,
     /// Bytes that this side took.
     pub(super) taken: u64,
 }
@@ -41,12 +47,14 @@ impl Peer {
             readable: false,
             writable: false,
             exhaust: false,
+            urgent: false,
             ended: false,
             shut: false,
             broken: false,
             held: false,
             pending: Vec::new(),
             pending_from: 0,
+            pending_urgent: false,
             taken: 0,
         }
     }
@@ -55,6 +63,7 @@ impl Peer {
     pub(super) fn note(&mut self, flags: EventFlags) {
         self.writable |= flags.contains(EventFlags::OUT);
         self.readable |= flags.contains(EventFlags::IN);
+        self.urgent |= flags.contains(EventFlags::PRI);
         if flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR | EventFlags::PRI) {
             self.readable = true;
             self.exhaust = true;
@@ -67,6 +76,20 @@ impl Peer {
         self.readable = true;
         self.exhaust = true;
         self.pending = Vec::new();
+    }
+
+    /// The urgent byte, when all before it has been read. A read never goes across its mark by itself, and leaves it out.
+    pub(super) fn urgent_byte(&mut self) -> Option<u8> {
+        if !self.urgent || !is_at_mark(self.socket.as_fd()) {
+            return None;
+        }
+        // Announced, perhaps, and not yet there: then there is another event.
+        self.urgent = false;
+        let mut byte = [0];
+        match recv(&self.socket, &mut byte, RecvFlags::OOB) {
+            Ok((_, 1)) => Some(byte[0]),
+            Ok(_) | Err(_) => None,
+        }
     }
 
     /// Reads once; zero bytes when there is nothing now or no more at all. `Err` is a broken connection.
@@ -108,6 +131,15 @@ impl Peer {
         Ok(())
     }
 
+    /// Sends one urgent byte, or keeps it.
+    pub(super) fn send_urgent(&mut self, byte: u8) -> Result<(), ()> {
+        self.pending_urgent = true;
+        let taken = self.send_some(&[byte], false)?;
+        self.pending_urgent = taken == 0;
+        self.pending.extend_from_slice(&[byte][taken..]);
+        Ok(())
+    }
+
     /// Nothing follows for now what was sent as "more to come".
     pub(super) fn release(&mut self) {
         if std::mem::take(&mut self.held) {
@@ -124,13 +156,16 @@ impl Peer {
             self.pending = pending;
         } else {
             self.pending_from = 0;
+            self.pending_urgent = false;
         }
         Ok(())
     }
 
     fn send_some(&mut self, bytes: &[u8], more: bool) -> Result<usize, ()> {
         self.held = more;
-        let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+        let mut flags = SendFlags::NOSIGNAL;
+        flags.set(SendFlags::MORE, more);
+        flags.set(SendFlags::OOB, self.pending_urgent);
         match send(&self.socket, bytes, flags) {
             Ok(length) => {
                 self.writable = length == bytes.len();

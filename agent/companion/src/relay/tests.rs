@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     io::{self, ErrorKind, Read, Write},
+    mem::MaybeUninit,
     net::{Shutdown, TcpListener, TcpStream},
     sync::Arc,
     thread::{self, JoinHandle},
@@ -213,7 +214,7 @@ fn every_byte_arrives_whichever_side_ends_first() {
 }
 
 #[test]
-fn an_urgent_byte_is_dropped_and_the_stream_goes_on() {
+fn an_urgent_byte_is_passed_on_at_its_place() {
     let (listener, address) = server();
     let relay = Running::to(address, LIMITS);
     for _ in 0..20 {
@@ -222,9 +223,17 @@ fn an_urgent_byte_is_dropped_and_the_stream_goes_on() {
         (&client).write_all(b"before").unwrap();
         SockRef::from(&client).send_out_of_band(b"!").unwrap();
         (&client).write_all(b" after").unwrap();
-        let mut got = [0; 12];
+        let socket = SockRef::from(&server);
+        socket.set_out_of_band_inline(true).unwrap();
+        let mut got = [0; 13];
         (&server).read_exact(&mut got).unwrap();
-        assert_eq!(&got, b"before after");
+        assert_eq!(&got, b"before! after");
+
+        // Where it is, and that it is urgent, without which a read would not stop there.
+        SockRef::from(&server).send_out_of_band(b"?").unwrap();
+        wait("the urgent byte", || {
+            SockRef::from(&client).recv_out_of_band(&mut [MaybeUninit::uninit()]).is_ok()
+        });
     }
 }
 
