@@ -12,6 +12,7 @@ pub mod cgroup;
 pub mod cluster;
 pub mod containerd;
 pub mod demo;
+pub mod differ;
 pub mod echo;
 pub mod engines;
 pub mod first;

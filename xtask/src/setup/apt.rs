@@ -37,6 +37,9 @@ const NEEDS: &[Need] = &[
     need("haproxy", "haproxy", "tests"),
     need("curl", "curl", "the client in the demo"),
     need("busybox", "busybox-static", "the containers' image in tests and demo"),
+    need("go", "golang-go", "a client in tests"),
+    need("node", "nodejs", "a client in tests"),
+    need("javac", "default-jdk-headless", "a client in tests"),
     need("bpftool", "bpftool", "looking at programs and maps"),
     need("python3", "python3", "unpacking Envoy"),
 ];
