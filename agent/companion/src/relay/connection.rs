@@ -126,6 +126,11 @@ impl Connection {
         !std::mem::replace(&mut self.flushing, true)
     }
 
+    /// Whether one side has sent something that is not yet read.
+    pub(super) fn has_unread(&self, side: Side) -> bool {
+        self.peers[side as usize].has_unread()
+    }
+
     /// The upstream answered.
     pub(super) fn connected(&mut self, now: Instant) {
         self.connect = Some(now.saturating_duration_since(self.accepted));
@@ -135,8 +140,7 @@ impl Connection {
     pub(super) fn note(&mut self, side: Side, flags: EventFlags) {
         let peer = &mut self.peers[side as usize];
         peer.note(flags);
-        let unread = || rustix::io::ioctl_fionread(&peer.socket).is_ok_and(|bytes| bytes > 0);
-        if flags.contains(EventFlags::ERR) && (peer.ended || (self.connect.is_none() && !unread())) {
+        if flags.contains(EventFlags::ERR) && (peer.ended || (self.connect.is_none() && !peer.has_unread())) {
             // No read will come across it. What a client sent before its reset is read when the dial is over.
             self.break_off(side);
         }

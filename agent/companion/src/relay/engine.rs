@@ -177,7 +177,8 @@ impl Relay {
         let (token, side) = Token::of_event(event);
         let Some(connection) = self.connections.get(token) else { return };
         if side == Side::Upstream && !connection.is_connected() {
-            let failed = flags.intersects(EventFlags::ERR | EventFlags::HUP);
+            // One that has sent something was reached, though it may have reset the connection since.
+            let failed = flags.intersects(EventFlags::ERR | EventFlags::HUP) && !connection.has_unread(side);
             let result =
                 if failed { socket::connect_result(connection.socket(side).as_fd()) } else { Ok(()) };
             match result {

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use rustix::{
     event::epoll::EventFlags,
-    io::Errno,
+    io::{Errno, ioctl_fionread},
     net::{RecvFlags, SendFlags, recv, send, sockopt},
 };
 
@@ -68,6 +68,11 @@ impl Peer {
             self.readable = true;
             self.exhaust = true;
         }
+    }
+
+    /// Whether it has sent something that is not yet read.
+    pub(super) fn has_unread(&self) -> bool {
+        ioctl_fionread(&self.socket).is_ok_and(|bytes| bytes > 0)
     }
 
     /// It failed: nothing can be sent to it, but what it had sent may still be read.
