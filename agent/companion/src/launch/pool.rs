@@ -22,7 +22,7 @@ use super::{
 };
 
 /// A taken launcher is replaced after this: until then what it became, and who waits for that, has the processors.
-const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Starts companions' processes. Cheap to clone.
 #[derive(Debug, Clone)]

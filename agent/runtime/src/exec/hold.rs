@@ -3,7 +3,7 @@
 //! Owns the obligation to let it go, on every path. A process that is refused is ended: it has no runtime that could be
 //! told, and its parent sees it killed.
 
-use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{io, os::fd::OwnedFd, sync::Arc, thread, time::Duration};
 
 use pillion_workload::{FirstInstruction, Gate, ProcessId, Subject, Workload, WorkloadId};
 use procfs::process::Process;
@@ -21,6 +21,10 @@ use crate::{Admission, instance::is_alive, pidfd::Pidfd};
 /// The news may come before the process has stopped: on its way there it only has to return from the system call.
 const STOP_LIMIT: Duration = Duration::from_millis(500);
 const LOOK: Duration = Duration::from_millis(1);
+/// The first looks: most have stopped by then, and timers of the runtime wait for a millisecond at least. Such a nap leaves
+/// the processor to the process, at the price of that much of a worker's time.
+const NAPS: [Duration; 3] =
+    [Duration::from_micros(20), Duration::from_micros(50), Duration::from_micros(100)];
 /// A policy that was just saved may be known here before the controller knows it.
 const SETTLE: Duration = Duration::from_secs(1);
 const SETTLE_PAUSE: Duration = Duration::from_millis(20);
@@ -73,10 +77,14 @@ impl Held {
     /// Waits until it has stopped. `false` when it has not: then it has begun.
     async fn has_stopped(&self) -> bool {
         let end = Instant::now() + STOP_LIMIT;
+        let mut naps = NAPS.into_iter();
         while Instant::now() < end {
             match Process::new(self.process.pid.0).and_then(|process| process.stat()) {
                 Ok(stat) if stat.state == 'T' => return true,
-                Ok(stat) if stat.starttime == self.process.started.0 => sleep(LOOK).await,
+                Ok(stat) if stat.starttime == self.process.started.0 => match naps.next() {
+                    Some(nap) => thread::sleep(nap),
+                    None => sleep(LOOK).await,
+                },
                 _ => return false,
             }
         }
