@@ -1,11 +1,25 @@
 //! Users and groups by name or number, as the host's user database knows them.
+//!
+//! A static program cannot ask that by the C library: glibc would load the host's modules for it, which were made for
+//! another C library than the one in the program, and crash. It reads the files.
 
-use std::{ffi::CString, io};
+#[cfg(any(test, target_feature = "crt-static"))]
+mod files;
+#[cfg(not(target_feature = "crt-static"))]
+mod system;
 
-use nix::unistd::{Gid, Group, User, getgrouplist};
+use std::io;
+
+#[cfg(target_feature = "crt-static")]
+use files as database;
 use pillion_workload::UserSpec;
+#[cfg(not(target_feature = "crt-static"))]
+use system as database;
 
 use crate::launch::Identity;
+
+/// A user by its name: uid, primary group, all groups.
+type Found = (u32, u32, Vec<u32>);
 
 /// Why a companion's user cannot be told.
 #[derive(Debug, thiserror::Error)]
@@ -52,28 +66,19 @@ fn number(text: &str) -> Option<u32> {
     text.parse().ok().filter(|number| *number != u32::MAX)
 }
 
-fn by_name(name: &str) -> Result<(u32, u32, Vec<u32>), UserError> {
+fn by_name(name: &str) -> Result<Found, UserError> {
+    let failed = |source| UserError::Lookup { kind: "user", name: name.to_owned(), source };
     let unknown = || UserError::Unknown { kind: "user", name: name.to_owned() };
-    let failed =
-        |error: nix::Error| UserError::Lookup { kind: "user", name: name.to_owned(), source: error.into() };
-    let terminated = CString::new(name).map_err(|_| unknown())?;
-    let user = User::from_name(name).map_err(failed)?.ok_or_else(unknown)?;
-    let groups = getgrouplist(&terminated, user.gid).map_err(failed)?;
-    Ok((user.uid.as_raw(), user.gid.as_raw(), groups.into_iter().map(Gid::as_raw).collect()))
+    database::user(name).map_err(failed)?.ok_or_else(unknown)
 }
 
 fn resolve_group(name: &str) -> Result<u32, UserError> {
     if let Some(gid) = number(name) {
         return Ok(gid);
     }
+    let failed = |source| UserError::Lookup { kind: "group", name: name.to_owned(), source };
     let unknown = || UserError::Unknown { kind: "group", name: name.to_owned() };
-    if name.contains('\0') {
-        return Err(unknown());
-    }
-    match Group::from_name(name) {
-        Ok(group) => group.map(|group| group.gid.as_raw()).ok_or_else(unknown),
-        Err(error) => Err(UserError::Lookup { kind: "group", name: name.to_owned(), source: error.into() }),
-    }
+    database::group(name).map_err(failed)?.ok_or_else(unknown)
 }
 
 #[cfg(test)]
