@@ -134,7 +134,7 @@ impl Inventory {
     fn processes(&mut self) -> Result<()> {
         let own = ancestors()?;
         for process in all_processes().context("cannot read /proc")?.flatten() {
-            if own.contains(&process.pid) || !is_ours(&process) {
+            if own.contains(&process.pid) || !is_ours(&process) || waits_with_its_agent(&process) {
                 continue;
             }
             let command = process.cmdline().unwrap_or_default().join(" ");
@@ -191,6 +191,20 @@ fn is_ours(process: &Process) -> bool {
     // A zombie is not there any more: its parent has only not asked yet.
     let dead = process.stat().is_ok_and(|stat| stat.state == 'Z');
     !dead && (by_executable() == Some(true) || by_mark() == Some(true) || by_cgroup() == Some(true))
+}
+
+/// Whether it is one of those that an agent keeps ready to become companions, which end with it. One whose agent is gone is
+/// not.
+fn waits_with_its_agent(process: &Process) -> bool {
+    let is = |process: &Process, word: &str| {
+        process.cmdline().is_ok_and(|words| words.get(1).is_some_and(|second| second == word))
+    };
+    let in_no_cgroup_of_ours = || {
+        let memberships = process.cgroups();
+        memberships.is_ok_and(|all| all.into_iter().all(|membership| !membership.pathname.contains(OURS)))
+    };
+    let agent = || Process::new(process.stat().ok()?.ppid).ok();
+    is(process, "companion") && in_no_cgroup_of_ours() && agent().is_some_and(|agent| is(&agent, "agent"))
 }
 
 /// This process and those that started it.
