@@ -41,7 +41,8 @@ pub(crate) struct ImageOptions {
 }
 
 /// The programs of the image.
-const PROGRAMS: [&str; 2] = ["pillion", "pillion-hook"];
+const PROGRAMS: [&str; 2] = ["pillion", HOOK];
+const HOOK: &str = "pillion-hook";
 /// Needs no library of the node, which may have others. With glibc, because rustc's musl target is not everywhere.
 const STATIC: &str = "-C target-feature=+crt-static";
 
@@ -66,7 +67,7 @@ fn image(options: &ImageOptions) -> Result<()> {
     let version = metadata.version()?;
     let programs = match &options.program {
         Some(program) => beside(program)?,
-        None => build(&metadata.target_directory)?,
+        None => build(&metadata.target_directory, &PROGRAMS)?,
     };
     let output = options
         .output
@@ -86,8 +87,8 @@ fn beside(program: &Path) -> Result<Vec<PathBuf>> {
     Ok(programs.into())
 }
 
-/// Optimised and static, in a directory of their own: other flags than those of all other builds.
-fn build(target: &Path) -> Result<Vec<PathBuf>> {
+/// Builds programs that are optimised and need no library, in a directory of their own: other flags than those of all other builds.
+fn build(target: &Path, programs: &[&str]) -> Result<Vec<PathBuf>> {
     setup::run()?;
     let triple = host_triple()?;
     let directory = target.join("dist/build");
@@ -95,11 +96,11 @@ fn build(target: &Path) -> Result<Vec<PathBuf>> {
     let mut cargo = shell::cargo();
     cargo.env("RUSTFLAGS", flags()).env("CARGO_TARGET_DIR", &directory);
     cargo.args(["build", "--release", "--locked", "--quiet", "--target", &triple]);
-    for package in PROGRAMS {
+    for package in programs {
         cargo.args(["--package", package]);
     }
     shell::run(&mut cargo)?;
-    Ok(PROGRAMS.map(|name| directory.join(&triple).join("release").join(name)).into())
+    Ok(programs.iter().map(|name| directory.join(&triple).join("release").join(name)).collect())
 }
 
 /// The caller's flags stay: with the path of a linker, say.
@@ -117,8 +118,8 @@ fn host_triple() -> Result<String> {
 }
 
 fn deb(profile: &str) -> Result<()> {
-    let mut build = shell::cargo();
-    shell::run(build.args([
+    let mut cargo = shell::cargo();
+    shell::run(cargo.args([
         "build",
         "--package",
         "pillion",
@@ -127,6 +128,16 @@ fn deb(profile: &str) -> Result<()> {
         "--profile",
         profile,
     ]))?;
+    if profile == "release" {
+        // Runtimes call it where they are, and it is to start at once: no library is looked for.
+        let target = Metadata::read()?.target_directory;
+        let packaged = target.join("release").join(HOOK);
+        for made in build(&target, &[HOOK])? {
+            // Not into the file that is there, which cargo keeps under another name as well.
+            fs::remove_file(&packaged).with_context(|| format!("cannot replace {}", packaged.display()))?;
+            fs::copy(&made, &packaged).with_context(|| format!("cannot copy {}", made.display()))?;
+        }
+    }
     package(profile)
 }
 
