@@ -261,16 +261,7 @@ impl Witness for Begun {
 fn workload() -> Workload {
     Workload {
         id: "process/1-1".parse().unwrap(),
-        subject: Subject {
-            runtime: RuntimeKind::Process,
-            name: "x".into(),
-            namespace: None,
-            labels: BTreeMap::new(),
-            annotations: BTreeMap::new(),
-            image: None,
-            unit: None,
-            executable: None,
-        },
+        subject: Subject::new(RuntimeKind::Process, "x"),
         instance: Instance {
             cgroup: Cgroup { id: CgroupId(1), path: "/x".into() },
             netns: NetnsId { device: 1, inode: 1 },

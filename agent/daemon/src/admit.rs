@@ -173,16 +173,7 @@ mod tests {
             ("b.service", false, Some("policy closed")),
             ("c.service", true, None),
         ] {
-            let subject = Subject {
-                runtime: RuntimeKind::Systemd,
-                name: name.into(),
-                namespace: None,
-                labels: std::collections::BTreeMap::new(),
-                annotations: std::collections::BTreeMap::new(),
-                image: None,
-                unit: Some(name.into()),
-                executable: None,
-            };
+            let subject = Subject { unit: Some(name.into()), ..Subject::new(RuntimeKind::Systemd, name) };
             let (admitted, message) = match by_policy(&policies, &subject) {
                 Answer::Admit { message } => (true, message),
                 Answer::Refuse { message } => (false, Some(message)),

@@ -53,7 +53,7 @@ impl Rule for Standing {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, fs};
+    use std::fs;
 
     use pillion_policy::SourceFile;
     use pillion_workload::{Facet, RuntimeKind, Subject};
@@ -66,19 +66,8 @@ mod tests {
         let text = "apiVersion: pillion.dev/v1alpha1\nkind: InjectionPolicy\nmetadata: { name: shop }\n\
             spec: { select: { labels: { app: web } }, companions: [{ name: r, builtin: relay }], \
             redirect: { outbound: [{ to: r }] }, onFailure: closed }\n";
-        let sighting = Sighting {
-            subject: Subject {
-                runtime: RuntimeKind::Containerd,
-                name: "c1".into(),
-                namespace: None,
-                labels: BTreeMap::new(),
-                annotations: BTreeMap::new(),
-                image: None,
-                unit: None,
-                executable: None,
-            },
-            unknown: vec![Facet::Labels],
-        };
+        let sighting =
+            Sighting { subject: Subject::new(RuntimeKind::Containerd, "c1"), unknown: vec![Facet::Labels] };
         let strictest = |standing: &Standing| {
             let found = standing.strictest(None, std::slice::from_ref(&sighting));
             found.map(|(policy, mode)| (policy.to_string(), mode))

@@ -229,16 +229,7 @@ mod tests {
             [(Some(FailureMode::Closed), false), (Some(FailureMode::Open), true), (None, true)]
         {
             let (gatekeeper, mut asked) = Gatekeeper::new(Arc::new(MaySelect(mode)));
-            let subject = pillion_workload::Subject {
-                runtime: pillion_workload::RuntimeKind::Containerd,
-                name: "c1".into(),
-                namespace: None,
-                labels: std::collections::BTreeMap::new(),
-                annotations: std::collections::BTreeMap::new(),
-                image: None,
-                unit: None,
-                executable: None,
-            };
+            let subject = pillion_workload::Subject::new(pillion_workload::RuntimeKind::Containerd, "c1");
             let reason = "container c1 cannot be identified: silence".to_owned();
             let what = Unidentified { id: None, sightings: vec![subject.into()], reason };
             let admission = gatekeeper.without_identity(Gate::Nri, what);

@@ -117,16 +117,7 @@ mod tests {
             ProcessId { pid: Pid(i32::from(generation) + 1), started: StartTime(u64::from(generation)) };
         let cgroup =
             Cgroup { id: CgroupId(u64::from(number)), path: format!("/sys/fs/cgroup/{number}").into() };
-        let mut subject = Subject {
-            runtime: RuntimeKind::Containerd,
-            name: number.to_string(),
-            namespace: None,
-            labels: BTreeMap::new(),
-            annotations: BTreeMap::new(),
-            image: None,
-            unit: None,
-            executable: None,
-        };
+        let mut subject = Subject::new(RuntimeKind::Containerd, number.to_string());
         subject.labels.insert("generation".to_owned(), label.to_string());
         let instance = Instance { cgroup, netns: NetnsId { device: 4, inode: 5 }, process };
         Workload { id: id(number), subject, instance }

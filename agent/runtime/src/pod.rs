@@ -92,14 +92,10 @@ impl Pod {
     pub(crate) fn subject(&self) -> Subject {
         let named = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
         Subject {
-            runtime: RuntimeKind::Containerd,
-            name: self.name.clone(),
             namespace: named(&self.namespace),
             labels: bounded(&self.labels),
             annotations: bounded(&self.annotations),
-            image: None,
-            unit: None,
-            executable: None,
+            ..Subject::new(RuntimeKind::Containerd, self.name.clone())
         }
     }
 

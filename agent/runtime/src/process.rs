@@ -40,16 +40,8 @@ pub fn process_workload(pid: Pid, executable: &Path) -> Result<Workload, Process
     let instance = instance_of(pid)?;
     let id = WorkloadId::try_from(format!("{}/{pid}-{}", RuntimeKind::Process, instance.process.started.0))?;
     let name = executable.file_name().unwrap_or(executable.as_os_str()).to_string_lossy().into_owned();
-    let subject = Subject {
-        runtime: RuntimeKind::Process,
-        name,
-        namespace: None,
-        labels: std::collections::BTreeMap::new(),
-        annotations: std::collections::BTreeMap::new(),
-        image: None,
-        unit: None,
-        executable: Some(executable.to_owned()),
-    };
+    let subject =
+        Subject { executable: Some(executable.to_owned()), ..Subject::new(RuntimeKind::Process, name) };
     Ok(Workload { id, subject, instance })
 }
 

@@ -162,16 +162,7 @@ mod tests {
     use super::*;
 
     fn unreachable(reason: &str) -> Observation {
-        let subject = Subject {
-            runtime: RuntimeKind::Containerd,
-            name: "sandboxed".into(),
-            namespace: None,
-            labels: BTreeMap::new(),
-            annotations: BTreeMap::new(),
-            image: None,
-            unit: None,
-            executable: None,
-        };
+        let subject = Subject::new(RuntimeKind::Containerd, "sandboxed");
         Observation::Unreachable(Box::new(subject), reason.to_owned())
     }
 

@@ -45,6 +45,22 @@ pub struct Subject {
     pub executable: Option<PathBuf>,
 }
 
+impl Subject {
+    /// One of which no more is known than this.
+    pub fn new(runtime: RuntimeKind, name: impl Into<String>) -> Self {
+        Self {
+            runtime,
+            name: name.into(),
+            namespace: None,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            image: None,
+            unit: None,
+            executable: None,
+        }
+    }
+}
+
 /// What is known of a workload that could not be identified: less than policies select on, perhaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sighting {

@@ -55,7 +55,7 @@ use crate::{
 const LEAVE_LIMIT: Duration = Duration::from_secs(3);
 /// Instances of the inbound program that are kept ready, for workloads that start at once.
 const INBOUND_READY: usize = 2;
-/// Processes that are kept ready to become companions. Each has 0.3 MB of its own.
+/// Processes that are kept ready to become companions. Each has 0.5 MB of its own.
 const COMPANIONS_READY: usize = 2;
 /// What needs an operator and has no workload of its own; the oldest go first.
 const MAX_PROBLEMS: usize = 64;

@@ -96,16 +96,7 @@ mod tests {
 
     #[test]
     fn told_once_and_forgotten_with_their_source() {
-        let subject = || Subject {
-            runtime: RuntimeKind::Containerd,
-            name: "sandboxed".into(),
-            namespace: None,
-            labels: BTreeMap::new(),
-            annotations: BTreeMap::new(),
-            image: None,
-            unit: None,
-            executable: None,
-        };
+        let subject = || Subject::new(RuntimeKind::Containerd, "sandboxed");
         let id: WorkloadId = "containerd/default/sandboxed".parse().unwrap();
         let mut known = Unattachables::default();
         assert!(known.add(SourceName::CONTAINERD, id.clone(), subject(), "gVisor".into()));

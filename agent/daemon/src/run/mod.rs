@@ -12,7 +12,6 @@ mod output;
 mod signals;
 
 use std::{
-    collections::BTreeMap,
     ffi::OsString,
     io,
     os::fd::{AsFd, OwnedFd},
@@ -135,14 +134,9 @@ fn decide(policies: &PolicySet, config: &RunConfig, program: &Path) -> anyhow::R
 fn subject(config: &RunConfig, program: &Path) -> Subject {
     let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned();
     Subject {
-        runtime: RuntimeKind::Process,
-        name,
-        namespace: None,
         labels: config.labels.iter().cloned().collect(),
-        annotations: BTreeMap::new(),
-        image: None,
-        unit: None,
         executable: Some(program.to_owned()),
+        ..Subject::new(RuntimeKind::Process, name)
     }
 }
 

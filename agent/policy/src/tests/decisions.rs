@@ -9,14 +9,11 @@ use crate::{PolicySet, Verdict, parse};
 
 fn subject() -> Subject {
     Subject {
-        runtime: RuntimeKind::Containerd,
-        name: "web-1".into(),
         namespace: Some("payments".into()),
         labels: BTreeMap::from([("app".into(), "api".into()), ("tier".into(), "back".into())]),
-        annotations: BTreeMap::new(),
         image: Some("docker.io/acme/payments-api:1.0".into()),
-        unit: None,
         executable: Some("/usr/bin/payments".into()),
+        ..Subject::new(RuntimeKind::Containerd, "web-1")
     }
 }
 

@@ -93,16 +93,7 @@ fn render(model: &Model) -> String {
 }
 
 fn anybody(name: String) -> Subject {
-    Subject {
-        runtime: RuntimeKind::Process,
-        name,
-        namespace: None,
-        labels: BTreeMap::new(),
-        annotations: BTreeMap::new(),
-        image: None,
-        unit: None,
-        executable: None,
-    }
+    Subject::new(RuntimeKind::Process, name)
 }
 
 proptest! {

@@ -136,16 +136,15 @@ impl Record {
     pub(super) fn subject(&self, key: &Key, sandbox: Option<&Self>) -> Subject {
         let mut labels = sandbox.map(|sandbox| sandbox.labels.clone()).unwrap_or_default();
         labels.extend(self.labels.clone());
-        let name = labels.get(cri::CONTAINER).or_else(|| labels.get(NERDCTL_NAME)).unwrap_or(&key.container);
+        let name =
+            labels.get(cri::CONTAINER).or_else(|| labels.get(NERDCTL_NAME)).unwrap_or(&key.container).clone();
         Subject {
-            runtime: RuntimeKind::Containerd,
-            name: name.clone(),
             namespace: Some(labels.get(cri::NAMESPACE).unwrap_or(&key.namespace).clone()),
             annotations: self.annotations.clone(),
             image: self.image.clone(),
-            unit: None,
             executable: self.executable.clone(),
             labels,
+            ..Subject::new(RuntimeKind::Containerd, name)
         }
     }
 }

@@ -190,14 +190,10 @@ pub(crate) fn subject(
         BTreeMap::new()
     };
     Subject {
-        runtime: engine.kind(),
-        name: name.to_owned(),
-        namespace: None,
         labels,
-        annotations: BTreeMap::new(),
         image: image.filter(|image| !image.is_empty() && image.len() <= PATH_LIMIT),
-        unit: None,
         executable: program.and_then(absolute),
+        ..Subject::new(engine.kind(), name)
     }
 }
 

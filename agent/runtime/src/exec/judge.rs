@@ -46,16 +46,7 @@ pub(super) enum Judgement {
 pub(super) fn judge(config: &ExecConfig, process: ProcessId) -> Judgement {
     let Ok(executable) = executable_of(process) else { return Judgement::LetBe };
     let name = executable.file_name().unwrap_or(executable.as_os_str()).to_string_lossy().into_owned();
-    let subject = Subject {
-        runtime: RuntimeKind::Process,
-        name,
-        namespace: None,
-        labels: std::collections::BTreeMap::new(),
-        annotations: std::collections::BTreeMap::new(),
-        image: None,
-        unit: None,
-        executable: Some(executable),
-    };
+    let subject = Subject { executable: Some(executable), ..Subject::new(RuntimeKind::Process, name) };
     if STARTERS.iter().any(|starter| subject.name.starts_with(starter))
         || !(config.wants)(&subject)
         || is_the_kernels(process)

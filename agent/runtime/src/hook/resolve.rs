@@ -3,7 +3,7 @@
 //! Owns the order in which it is found out: whose it is, what that engine says, what the specification says. Never asks anything
 //! that waits for the container's start.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 
 use pillion_common::hook::{Container, ContainerId, Spec};
 use pillion_workload::{
@@ -186,16 +186,7 @@ fn by_specification(runtime: RuntimeKind, id: &ContainerId, spec: &Spec) -> Resu
 /// What the specification says: neither labels nor an image.
 pub(super) fn subject(runtime: RuntimeKind, id: &ContainerId, spec: &Spec) -> Subject {
     let executable = spec.program.as_ref().map(PathBuf::from).filter(|program| program.is_absolute());
-    Subject {
-        runtime,
-        name: id.id.clone(),
-        namespace: None,
-        labels: BTreeMap::new(),
-        annotations: spec.annotations.clone(),
-        image: None,
-        unit: None,
-        executable,
-    }
+    Subject { annotations: spec.annotations.clone(), executable, ..Subject::new(runtime, id.id.clone()) }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! Owns the joining of what systemd says with cgroup, namespace and manager process. Never remembers anything.
 
-use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use pillion_workload::{
     Cgroup, FirstInstruction, Instance, NetnsId, Pid, ProcessId, RuntimeKind, Subject, Workload,
@@ -198,13 +198,8 @@ impl Look {
 /// What policies select on.
 pub(super) fn subject(name: &UnitName, unit: &Unit) -> Subject {
     Subject {
-        runtime: RuntimeKind::Systemd,
-        name: name.as_str().to_owned(),
-        namespace: None,
-        labels: BTreeMap::new(),
-        annotations: BTreeMap::new(),
-        image: None,
         unit: Some(name.as_str().to_owned()),
         executable: unit.program.as_ref().map(PathBuf::from),
+        ..Subject::new(RuntimeKind::Systemd, name.as_str().to_owned())
     }
 }

@@ -248,16 +248,8 @@ mod tests {
 
     fn workload(cgroup: u64) -> Workload {
         let unit = UnitName::try_from("a.service").expect("valid");
-        let subject = Subject {
-            runtime: RuntimeKind::Systemd,
-            name: unit.to_string(),
-            namespace: None,
-            labels: BTreeMap::new(),
-            annotations: BTreeMap::new(),
-            image: None,
-            unit: Some(unit.to_string()),
-            executable: None,
-        };
+        let subject =
+            Subject { unit: Some(unit.to_string()), ..Subject::new(RuntimeKind::Systemd, unit.to_string()) };
         let instance = Instance {
             cgroup: Cgroup { id: CgroupId(cgroup), path: "/sys/fs/cgroup/system.slice/a.service".into() },
             netns: NetnsId { device: 4, inode: 1 },

@@ -23,16 +23,7 @@ use crate::{
 struct Knows;
 
 fn described(id: &str) -> Described {
-    let subject = pillion_workload::Subject {
-        runtime: RuntimeKind::Docker,
-        name: id.to_owned(),
-        namespace: None,
-        labels: std::collections::BTreeMap::new(),
-        annotations: std::collections::BTreeMap::new(),
-        image: None,
-        unit: None,
-        executable: None,
-    };
+    let subject = pillion_workload::Subject::new(RuntimeKind::Docker, id.to_owned());
     let id: WorkloadId = format!("docker/{id}").try_into().expect("valid");
     Described { id, subject, unknown: Vec::new() }
 }
