@@ -176,6 +176,7 @@ mod tests {
         assert!(matches!(none, Err(Unanswered::NoAgent)) && begun.elapsed() >= PAUSE * 6, "{none:?}");
         thread::scope(|scope| {
             scope.spawn(|| {
+                // It has its lock for a while before it listens.
                 thread::sleep(PAUSE * 2);
                 serve(&bind(&places), Some(Answer::Admit { message: None }))
             });

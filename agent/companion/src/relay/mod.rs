@@ -39,7 +39,7 @@
 //! is a packet of its own. Smaller receive buffers (128 KiB to 1 MiB) on the listener stayed within the noise. A
 //! connection with one byte each way takes 132 µs against 69 µs without a relay, 64 bytes there and back 27 µs against
 //! 12 µs. Hence one thread and epoll without a runtime on top: about 24 system calls for a short connection. The process,
-//! idle, has 2.3 MB resident (0.2 MB of it its own), and the same after 24,000 connections.
+//! idle, has 5.1 MB resident, of which 0.6 MB are its own: the rest is the program, which it shares with the agent.
 
 mod config;
 mod connection;
