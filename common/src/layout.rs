@@ -8,18 +8,54 @@ pub const AF_INET6: u16 = 10;
 /// How many listening ports of one companion the kernel side knows.
 pub const PORTS_PER_COMPANION: usize = 8;
 
+/// `IPPROTO_TCP` and `IPPROTO_UDP`.
+pub const TCP: u8 = 6;
+/// See [`TCP`].
+pub const UDP: u8 = 17;
+
 /// Bits of [`WorkloadConfig::flags`] and [`InboundRule::flags`].
 pub mod flags {
-    /// Outbound connections are redirected. Without it the programs pass everything on.
+    /// What the workload sends is redirected. Without it the programs pass everything on.
     pub const OUTBOUND: u32 = 1 << 0;
     /// What cannot be redirected is refused instead of passed on.
     pub const FAIL_CLOSED: u32 = 1 << 1;
-    /// The workload has entries in the map of excluded ports.
-    pub const EXCLUDES_PORTS: u32 = 1 << 2;
-    /// The workload has entries in the map of excluded IPv4 networks.
-    pub const EXCLUDES_NETWORKS4: u32 = 1 << 3;
-    /// The workload has entries in the map of excluded IPv6 networks.
-    pub const EXCLUDES_NETWORKS6: u32 = 1 << 4;
+    /// All TCP connections take [`WorkloadConfig::route`](super::WorkloadConfig::route): there is no table to look at.
+    pub const ONE_ROUTE: u32 = 1 << 2;
+    /// The table has IPv4 networks.
+    pub const NETWORKS4: u32 = 1 << 3;
+    /// The table has IPv6 networks.
+    pub const NETWORKS6: u32 = 1 << 4;
+    /// The table has users that are left alone.
+    pub const USERS: u32 = 1 << 5;
+    /// The table has programs that are left alone.
+    pub const EXECUTABLES: u32 = 1 << 6;
+    /// Questions to resolvers are redirected, on loopback too.
+    pub const DNS: u32 = 1 << 7;
+    /// Datagrams are looked at.
+    pub const DATAGRAMS: u32 = 1 << 8;
+    /// Datagrams of any kind are redirected: who sends to the workload is remembered, so that its answers pass.
+    pub const ANSWERS: u32 = 1 << 9;
+}
+
+/// Where the connections go that a rule matches. All zero: they pass.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Route {
+    /// The companion's listening port, host byte order.
+    pub companion_port: u16,
+    /// [`Route::REDIRECT`] and [`Route::DNS`].
+    pub flags: u16,
+    /// Which rule it is: an index into the policy's outbound rules, or [`Route::DNS_RULE`].
+    pub rule: u32,
+}
+
+impl Route {
+    /// To the companion.
+    pub const REDIRECT: u16 = 1 << 0;
+    /// A question to a resolver: the companion answers it whoever was asked, and need not know.
+    pub const DNS: u16 = 1 << 1;
+    /// `rule` of what goes to the companion's resolver.
+    pub const DNS_RULE: u32 = u32::MAX;
 }
 
 /// Value of the cgroup storage of a workload's cgroup: what the programs attached there do.
@@ -28,12 +64,13 @@ pub mod flags {
 pub struct WorkloadConfig {
     /// See [`flags`].
     pub flags: u32,
-    /// Number of the workload: the first field of every rule's key.
+    /// Number of the workload.
     pub workload: u32,
-    /// The companion's port for outbound connections, network byte order.
-    pub outbound_port_be: u16,
-    /// Padding.
-    pub pad: u16,
+    /// Number of the table of its rules: the first field of every rule's key. Other rules come in another table, so that
+    /// they are put in force all at once.
+    pub table: u32,
+    /// With [`flags::ONE_ROUTE`]: the rule.
+    pub route: Route,
     /// What getsockname shows for a redirected IPv4 socket that was not bound.
     pub source4: u32,
     /// What getsockname shows for a redirected IPv6 socket that was not bound.
@@ -51,7 +88,7 @@ pub struct CompanionConfig {
 
 /// A transport address.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Destination {
     /// Address words.
     pub address: [u32; 4],
@@ -73,7 +110,7 @@ pub struct Redirected {
     pub generation: u32,
     /// The local address that the application had bound before Pillion bound another; all zero if none.
     pub bound: [u32; 4],
-    /// [`Redirected::REBOUND`] and [`Redirected::DIALLED6`].
+    /// [`Redirected::REBOUND`], [`Redirected::DIALLED6`] and [`Redirected::UNASKED`].
     pub flags: u32,
     /// The interface that the application had bound the socket to (`SO_BINDTODEVICE`); 0 if none.
     pub interface: u32,
@@ -90,6 +127,10 @@ impl Redirected {
     pub const REBOUND: u32 = 1 << 0;
     /// The companion was dialled by `::1`, not by 127.0.0.1.
     pub const DIALLED6: u32 = 1 << 1;
+    /// The companion does not ask for the destination: nothing carries it.
+    pub const UNASKED: u32 = 1 << 2;
+    /// A datagram socket.
+    pub const DATAGRAMS: u32 = 1 << 3;
 }
 
 /// Key of a destination that is found by the source of the connection.
@@ -103,7 +144,9 @@ pub struct BySourceKey {
     /// Source port, host byte order.
     pub port: u32,
     /// [`AF_INET`] or [`AF_INET6`].
-    pub family: u32,
+    pub family: u16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u16,
 }
 
 /// Value for [`BySourceKey`]: of a socket that cannot take a slot's address from its connect on, of any other from the
@@ -119,7 +162,57 @@ pub struct BySource {
     pub workload: u32,
 }
 
-/// Key of an excluded destination port.
+/// Key of a destination of datagrams that has an address of its own in 127.128.0.0/10.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PeerKey {
+    /// Network namespace cookie (`SO_NETNS_COOKIE`).
+    pub netns: u64,
+    /// The destination.
+    pub destination: Destination,
+    /// Number of the workload.
+    pub workload: u32,
+}
+
+/// Value for [`PeerKey`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeerSlot {
+    /// Number of the slot.
+    pub slot: u32,
+    /// Its generation then: with another one it stands for another destination by now.
+    pub generation: u32,
+}
+
+/// Key of a datagram socket that is bound to an address: what came from it as from `address` is answered there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct BoundKey {
+    /// Network namespace cookie (`SO_NETNS_COOKIE`).
+    pub netns: u64,
+    /// An address of 127.128.0.0/10, network byte order.
+    pub address: u32,
+    /// The socket's port, host byte order.
+    pub port: u32,
+}
+
+/// Key of a peer that has sent a datagram to a socket of the workload: what goes there is an answer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct HeardKey {
+    /// The socket's cookie.
+    pub socket: u64,
+    /// Address words.
+    pub address: [u32; 4],
+    /// Port, network byte order.
+    pub port_be: u16,
+    /// [`AF_INET`] or [`AF_INET6`].
+    pub family: u16,
+    /// Padding.
+    pub pad: u32,
+}
+
+/// Key of a port of a workload.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PortKey {
@@ -131,30 +224,82 @@ pub struct PortKey {
     pub pad: u16,
 }
 
-/// Value of an excluded destination port: its presence is what counts.
-pub type ExcludedPort = u32;
-
-/// Data of a longest-prefix key: an IPv4 network of one workload. The prefix counts the 32 bits of `workload` too.
+/// Data of a longest-prefix key: an IPv4 network of one table. The prefix counts the 32 bits of `table` too.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Network4 {
-    /// Number of the workload, always matched in full.
-    pub workload: u32,
+    /// Number of the table, always matched in full.
+    pub table: u32,
     /// Address, network byte order.
     pub address: u32,
 }
 
-/// Data of a longest-prefix key: an IPv6 network of one workload. The prefix counts the 32 bits of `workload` too.
+/// Data of a longest-prefix key: an IPv6 network of one table. The prefix counts the 32 bits of `table` too.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Network6 {
-    /// Number of the workload, always matched in full.
-    pub workload: u32,
+    /// Number of the table, always matched in full.
+    pub table: u32,
     /// Address, network byte order.
     pub address: [u32; 4],
 }
 
-/// Key of a companion's listening socket.
+/// Data of a longest-prefix key: ports of a class of destinations. The prefix counts [`RouteKey::FIXED_BITS`] too.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct RouteKey {
+    /// Number of the table, always matched in full.
+    pub table: u32,
+    /// Destinations for which the same rules hold: what the longest network has as value, 0 without one.
+    pub class: u32,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u16,
+    /// Destination port, network byte order.
+    pub port_be: u16,
+}
+
+impl RouteKey {
+    /// Bits before those of the port.
+    pub const FIXED_BITS: u32 = 80;
+    /// Bits of a whole key.
+    pub const BITS: u32 = 96;
+}
+
+/// Key of a user that is left alone.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct UserKey {
+    /// Number of the table.
+    pub table: u32,
+    /// User id in the initial user namespace.
+    pub user: u32,
+}
+
+/// How many names the path of a program that is left alone may have.
+pub const PATH_NAMES: usize = 16;
+/// How many bytes a name of it may have, with a zero at its end.
+pub const PATH_NAME_BYTES: usize = 48;
+
+/// Key of one name in the paths of programs that are left alone: a step from the program's file towards the root.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ExecutableKey {
+    /// Number of the table.
+    pub table: u32,
+    /// Where the names before it, from the file on, have led to; at the file, the number of the table.
+    pub node: u32,
+    /// The name, then zeroes.
+    pub name: [u8; PATH_NAME_BYTES],
+}
+
+impl ExecutableKey {
+    /// Bit of the value, which is the next node: a path is complete with this name.
+    pub const END: u32 = 1 << 31;
+    /// Bit of all nodes but those at files.
+    pub const INNER: u32 = 1 << 30;
+}
+
+/// Key of a companion's listening socket, or of its datagram socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ListenerKey {
@@ -163,7 +308,9 @@ pub struct ListenerKey {
     /// Port, host byte order.
     pub port: u16,
     /// [`AF_INET`] or [`AF_INET6`]: which connections it accepts.
-    pub family: u16,
+    pub family: u8,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
 }
 
 /// What happens to inbound connections to a port; the key is a [`PortKey`].
@@ -184,7 +331,7 @@ pub struct InboundRule {
 pub enum Counter {
     /// Outbound connections sent to a companion.
     OutboundRedirected = 0,
-    /// Outbound connections passed on by an exclusion.
+    /// Outbound connections and datagrams passed on because they are excluded, or no rule matches.
     OutboundExcluded = 1,
     /// Outbound connections passed on because the companion was not there (`onFailure: open`).
     OutboundFailedOpen = 2,
@@ -204,11 +351,13 @@ pub enum Counter {
     InboundFailedOpen = 9,
     /// Inbound connections refused because the companion was not there.
     InboundFailedClosed = 10,
+    /// Datagrams of sockets without a peer, sent to a companion.
+    DatagramsRedirected = 11,
 }
 
 impl Counter {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::OutboundRedirected,
         Self::OutboundExcluded,
         Self::OutboundFailedOpen,
@@ -220,6 +369,7 @@ impl Counter {
         Self::InboundRedirected,
         Self::InboundFailedOpen,
         Self::InboundFailedClosed,
+        Self::DatagramsRedirected,
     ];
 }
 
@@ -269,7 +419,14 @@ pub const EXEC_MISSED: u32 = 1;
 const _: () = {
     assert!(size_of::<HeldProcess>() == 16);
     assert!(size_of::<ExecEvent>() == 16);
-    assert!(size_of::<WorkloadConfig>() == 32);
+    assert!(size_of::<WorkloadConfig>() == 40);
+    assert!(size_of::<Route>() == 8);
+    assert!(size_of::<RouteKey>() == 12);
+    assert!(size_of::<PeerKey>() == 32);
+    assert!(size_of::<BoundKey>() == 16);
+    assert!(size_of::<HeardKey>() == 32);
+    assert!(size_of::<UserKey>() == 8);
+    assert!(size_of::<ExecutableKey>() == 56);
     assert!(size_of::<CompanionConfig>() == 16);
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<Redirected>() == 60);
@@ -301,6 +458,18 @@ mod pod {
     unsafe impl aya::Pod for super::Network4 {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Network6 {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::RouteKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::PeerKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::PeerSlot {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Route {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::UserKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::ExecutableKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::ListenerKey {}
     // SAFETY: as above.

@@ -18,14 +18,15 @@ mod layout;
 mod slot;
 
 pub use layout::{
-    AF_INET, AF_INET6, BySource, BySourceKey, CompanionConfig, Counter, Destination, EXEC_BEAT, EXEC_MISSED,
-    ExcludedPort, ExecEvent, HeldProcess, InboundRule, ListenerKey, Network4, Network6, PORTS_PER_COMPANION,
-    PROGRAM_NAME_BYTES, PortKey, ProgramName, Redirected, WorkloadConfig, flags,
+    AF_INET, AF_INET6, BoundKey, BySource, BySourceKey, CompanionConfig, Counter, Destination, EXEC_BEAT,
+    EXEC_MISSED, ExecEvent, ExecutableKey, HeardKey, HeldProcess, InboundRule, ListenerKey, Network4,
+    Network6, PATH_NAME_BYTES, PATH_NAMES, PORTS_PER_COMPANION, PROGRAM_NAME_BYTES, PeerKey, PeerSlot,
+    PortKey, ProgramName, Redirected, Route, RouteKey, TCP, UDP, UserKey, WorkloadConfig, flags,
 };
 pub use slot::{GENERATION_BITS, SLOT_BITS, SLOTS, Slot, SlotAddress, tag};
 
 /// Version of everything in this crate; part of every pin's path.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// How many redirected connections may be open at once, for all workloads together.
 pub const CONNECTIONS: u32 = 262_144;

@@ -66,6 +66,12 @@ pub mod tag {
         (tag >> 32) as u32
     }
 
+    /// The same tag, taken at `time`.
+    #[inline(always)]
+    pub const fn at(tag: u64, time: u32) -> u64 {
+        (tag & 0xffff_ffff_0000_0001) | ((time as u64 & 0x7fff_ffff) << 1)
+    }
+
     /// When the slot was taken, in units of 2^30 ns.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "31 bits are kept")]
@@ -80,7 +86,7 @@ pub mod tag {
     }
 }
 
-/// The source address that carries a slot: 127.64.0.0/10, host byte order.
+/// The address that carries the number of a slot and its generation in its low 22 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotAddress {
     /// Number of the slot.
@@ -89,30 +95,55 @@ pub struct SlotAddress {
     pub generation: u32,
 }
 
-impl SlotAddress {
-    const NETWORK: u32 = 0x7f40_0000;
-    const MASK: u32 = 0xffc0_0000;
+/// 127.64.0.0/10, host byte order: the sources of redirected connections.
+const CONNECTIONS: u32 = 0x7f40_0000;
+/// 127.128.0.0/10, host byte order: the sources of redirected datagrams of sockets without a peer.
+const PEERS: u32 = 0x7f80_0000;
+const MASK: u32 = 0xffc0_0000;
 
-    /// The address, host byte order.
+impl SlotAddress {
+    /// The address of a connection, host byte order.
     #[inline(always)]
     pub const fn encode(slot: u32, generation: u32) -> u32 {
-        Self::NETWORK | (((generation << SLOT_BITS) | (slot & (SLOTS - 1))) & !Self::MASK)
+        CONNECTIONS | Self::bits(slot, generation)
     }
 
     /// Reads an address in host byte order; `None` outside of 127.64.0.0/10.
     #[inline(always)]
     pub const fn decode(address: u32) -> Option<Self> {
-        if address & Self::MASK != Self::NETWORK {
-            return None;
-        }
-        let bits = address & !Self::MASK;
-        Some(Self { slot: bits & (SLOTS - 1), generation: bits >> SLOT_BITS })
+        Self::within(CONNECTIONS, address)
+    }
+
+    /// The address that stands for a destination of datagrams, host byte order.
+    #[inline(always)]
+    pub const fn encode_peer(slot: u32, generation: u32) -> u32 {
+        PEERS | Self::bits(slot, generation)
+    }
+
+    /// Reads an address in host byte order; `None` outside of 127.128.0.0/10.
+    #[inline(always)]
+    pub const fn decode_peer(address: u32) -> Option<Self> {
+        Self::within(PEERS, address)
     }
 
     /// Whether `generation`, in full, may be the one that the address carries.
     #[inline(always)]
     pub const fn is_of(self, generation: u32) -> bool {
         generation & ((1 << GENERATION_BITS) - 1) == self.generation
+    }
+
+    #[inline(always)]
+    const fn bits(slot: u32, generation: u32) -> u32 {
+        ((generation << SLOT_BITS) | (slot & (SLOTS - 1))) & !MASK
+    }
+
+    #[inline(always)]
+    const fn within(network: u32, address: u32) -> Option<Self> {
+        if address & MASK != network {
+            return None;
+        }
+        let bits = address & !MASK;
+        Some(Self { slot: bits & (SLOTS - 1), generation: bits >> SLOT_BITS })
     }
 }
 
@@ -129,6 +160,10 @@ mod tests {
             assert_eq!(back.slot, slot);
             assert!(back.is_of(generation));
             assert!(!back.is_of(generation.wrapping_add(1)));
+            let peer = SlotAddress::encode_peer(slot, generation);
+            assert_eq!(peer >> 22, 0x7f80_0000 >> 22, "{peer:#x}");
+            assert_eq!(SlotAddress::decode_peer(peer), Some(back));
+            assert_eq!((SlotAddress::decode(peer), SlotAddress::decode_peer(address)), (None, None));
         }
         for outside in [0x7f00_0001, 0x7f80_0000, 0x7f3f_ffff, 0x0a40_0000, 0] {
             assert_eq!(SlotAddress::decode(outside), None, "{outside:#x}");
@@ -141,6 +176,7 @@ mod tests {
         assert!(tag::is_busy(first));
         assert_eq!(tag::generation(first), 1);
         assert_eq!(tag::age(first, 130), 30);
+        assert_eq!(tag::at(first, 130), tag::next(0, 130));
         let free = tag::freed(first);
         assert!(!tag::is_busy(free));
         assert_eq!(tag::generation(free), 1);

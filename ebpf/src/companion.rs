@@ -6,12 +6,13 @@ use aya_ebpf::{
     macros::{cgroup_sock, cgroup_sockopt},
     programs::{SockContext, SockoptContext},
 };
-use pillion_common::{AF_INET, AF_INET6, BySourceKey, Counter, Destination, SlotAddress};
+use pillion_common::{AF_INET, AF_INET6, BySourceKey, Counter, Destination, SlotAddress, TCP, UDP};
 
 use crate::{
     maps::{PL_BY_SOURCE, PL_COMPANIONS, count},
+    peers,
     slots::{self, Asked},
-    socket::{IPPROTO_TCP, MAPPED, local, read, remote, write},
+    socket::{IPPROTO_TCP, IPPROTO_UDP, MAPPED, local, read, remote, write},
 };
 
 const SOL_IP: i32 = 0;
@@ -28,7 +29,6 @@ pub fn pl_original(ctx: SockoptContext) -> i32 {
     if read!((*ctx).optname) == ORIGINAL_DST && (level == SOL_IP || level == SOL_IPV6) {
         let sk = read!((*ctx).__bindgen_anon_1.sk);
         if !sk.is_null()
-            && read!((*sk).protocol) == IPPROTO_TCP
             && let Some(destination) = original_destination(ctx, sk)
             && answer(ctx, level, &destination)
         {
@@ -51,7 +51,7 @@ pub fn pl_unasked(ctx: SockContext) -> i32 {
     let (peer, family) = remote(sk);
     // SAFETY: a context of this program type is what the helper takes.
     let netns = unsafe { bpf_get_netns_cookie(sk.cast()) };
-    let asked = PL_BY_SOURCE.remove(source_key(sk, netns, peer, family)).is_ok();
+    let asked = PL_BY_SOURCE.remove(source_key(sk, netns, peer, family, TCP)).is_ok();
     if !asked
         && let Some(address) = slot_address(&peer, family)
         && let Asked::Found(_, _, seen) = slots::ask(address, netns)
@@ -67,12 +67,13 @@ fn slot_address(peer: &[u32; 4], family: u16) -> Option<SlotAddress> {
 }
 
 #[inline(always)]
-fn source_key(sk: *mut bpf_sock, netns: u64, peer: [u32; 4], family: u16) -> BySourceKey {
+fn source_key(sk: *mut bpf_sock, netns: u64, peer: [u32; 4], family: u16, protocol: u8) -> BySourceKey {
     BySourceKey {
         netns,
         address: peer,
         port: u32::from(u16::from_be(read!((*sk).dst_port))),
-        family: u32::from(family),
+        family,
+        protocol: u16::from(protocol),
     }
 }
 
@@ -81,12 +82,29 @@ fn original_destination(ctx: *mut bpf_sockopt, sk: *mut bpf_sock) -> Option<Dest
     let (peer, family) = remote(sk);
     // SAFETY: a context of this program type is what the helper takes (Linux 5.15).
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
-    let key = source_key(sk, netns, peer, family);
+    let protocol = match read!((*sk).protocol) {
+        IPPROTO_TCP => TCP,
+        IPPROTO_UDP => UDP,
+        _ => return None,
+    };
+    let key = source_key(sk, netns, peer, family, protocol);
     // SAFETY: copied at once, before any other operation on the map.
     if let Some(kept) = unsafe { PL_BY_SOURCE.get(key) } {
         return Some(kept.destination);
     }
-    let Some(address) = slot_address(&peer, family) else { return steered(sk) };
+    let address = slot_address(&peer, family);
+    if protocol == UDP {
+        // Its socket keeps the slot until it is closed: a companion that has forgotten a flow asks again.
+        return match address {
+            Some(address) => match slots::ask(address, netns) {
+                Asked::Found(destination, ..) => Some(destination),
+                Asked::Stale => None,
+            },
+            None if family == AF_INET => peers::destination_of(peer[0], netns),
+            None => None,
+        };
+    }
+    let Some(address) = address else { return steered(sk) };
     match slots::ask(address, netns) {
         Asked::Found(destination, workload, seen) => {
             // Without room to keep the answer the slot stays taken: the companion may ask again.

@@ -12,7 +12,7 @@ use aya_ebpf::{
     macros::sk_lookup,
     programs::SkLookupContext,
 };
-use pillion_common::{AF_INET, AF_INET6, Counter, ListenerKey, PortKey, flags};
+use pillion_common::{AF_INET, AF_INET6, Counter, ListenerKey, PortKey, TCP, flags};
 
 use crate::{
     maps::{PL_INBOUND, PL_LISTENERS, STEER_WORKLOAD, count},
@@ -34,7 +34,7 @@ pub fn pl_steer(ctx: SkLookupContext) -> u32 {
     let Some(rule) = (unsafe { PL_INBOUND.get(key) }).copied() else { return SK_PASS };
     let Some(family) = arriving_from_outside(ctx) else { return SK_PASS };
 
-    let key = ListenerKey { workload, port: rule.companion_port, family };
+    let key = ListenerKey { workload, port: rule.companion_port, family: family as u8, protocol: TCP };
     // SAFETY: a lookup in a map of sockets returns a referenced socket or null; it is released below.
     let sk =
         unsafe { bpf_map_lookup_elem((&raw const PL_LISTENERS).cast_mut().cast(), (&raw const key).cast()) };

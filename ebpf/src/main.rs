@@ -1,8 +1,9 @@
 //! The eBPF side of Pillion: one object with every program, compiled for `bpfel-unknown-none`.
 //!
-//! `outbound` sends a workload's connections to its companion, `names` shows the application what it asked for,
-//! `companion` tells the companion where a connection wanted to go, `inbound` steers arriving connections, `slots`
-//! carries destinations from one to the other, `maps` declares all state. Nothing here trusts a workload or a
+//! `decide` finds the rule for a destination (`program`: which program asks), `outbound` sends a workload's connections to
+//! its companion, `udp` its datagrams, `names` shows the application what it asked for,
+//! `companion` tells the companion where a connection wanted to go, `inbound` steers arriving connections, `slots` and
+//! `peers` carry destinations from one to the other, `maps` declares all state. Nothing here trusts a workload or a
 //! companion: whatever they do, the worst is that their own connections follow the failure mode.
 //!
 //! Program names begin with `pl_`, map names with `PL_`: the inventory finds them by that.
@@ -12,12 +13,16 @@
 
 mod atomic;
 mod companion;
+mod decide;
 mod inbound;
 mod maps;
 mod names;
 mod outbound;
+mod peers;
+mod program;
 mod slots;
 mod socket;
+mod udp;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -3,13 +3,14 @@
 use aya_ebpf::{
     Global,
     bindings::bpf_map_type::BPF_MAP_TYPE_CGROUP_STORAGE_DEPRECATED as CGROUP_STORAGE,
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, Queue, SockHash},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SockHash},
     helpers::generated::bpf_get_local_storage,
     macros::btf_map,
 };
 use pillion_common::{
-    BySource, BySourceKey, CONNECTIONS, CompanionConfig, Counter, ExcludedPort, InboundRule, ListenerKey,
-    Network4, Network6, PortKey, Redirected, SLOTS, Slot, WorkloadConfig,
+    BoundKey, BySource, BySourceKey, CONNECTIONS, CompanionConfig, Counter, ExecutableKey, HeardKey,
+    InboundRule, ListenerKey, Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route, RouteKey,
+    SLOTS, Slot, UserKey, WorkloadConfig,
 };
 
 /// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made.
@@ -60,9 +61,9 @@ pub static PL_SLOTS: Array<Slot, { SLOTS as usize }> = Array::new();
 /// Slots that were given back, oldest first. Twice the size: a slot that was claimed out of turn leaves its old entry.
 #[btf_map]
 pub static PL_FREE: Queue<u32, { 2 * SLOTS as usize }> = Queue::new();
-/// Element 0: how many slots were ever taken from the fresh ones.
+/// How many were ever taken from the fresh ones: of the slots (element 0), of the peers (element 1).
 #[btf_map]
-pub static PL_FRESH: Array<u64, 1> = Array::new();
+pub static PL_FRESH: Array<u64, 2> = Array::new();
 /// Destinations by the source of the connection: once asked for, and of sockets that cannot take a slot's address.
 #[btf_map]
 pub static PL_BY_SOURCE: HashMap<BySourceKey, BySource, { CONNECTIONS as usize }, NO_PREALLOC> =
@@ -73,15 +74,34 @@ pub static PL_BY_SOURCE: HashMap<BySourceKey, BySource, { CONNECTIONS as usize }
 #[btf_map]
 pub static PL_REDIRECTED: HashMap<u64, Redirected, { CONNECTIONS as usize }, NO_PREALLOC> = HashMap::new();
 
-/// Excluded destination ports.
+/// The class of destinations, by IPv4 network.
 #[btf_map]
-pub static PL_PORTS: HashMap<PortKey, ExcludedPort, 65536, NO_PREALLOC> = HashMap::new();
-/// Excluded IPv4 networks.
+pub static PL_NETS4: LpmTrie<Network4, u32, 1_048_576> = LpmTrie::new();
+/// The class of destinations, by IPv6 network.
 #[btf_map]
-pub static PL_NETS4: LpmTrie<Network4, u32, 65536> = LpmTrie::new();
-/// Excluded IPv6 networks.
+pub static PL_NETS6: LpmTrie<Network6, u32, 1_048_576> = LpmTrie::new();
+/// Rules, by class of destinations, protocol and port.
 #[btf_map]
-pub static PL_NETS6: LpmTrie<Network6, u32, 65536> = LpmTrie::new();
+pub static PL_ROUTES: LpmTrie<RouteKey, Route, 1_048_576> = LpmTrie::new();
+/// Users that are left alone.
+#[btf_map]
+pub static PL_USERS: HashMap<UserKey, u32, 65536, NO_PREALLOC> = HashMap::new();
+/// Programs that are left alone.
+#[btf_map]
+pub static PL_EXECUTABLES: HashMap<ExecutableKey, u32, 65536, NO_PREALLOC> = HashMap::new();
+
+/// Destinations of datagrams that have an address of their own.
+#[btf_map]
+pub static PL_PEERS: Array<Slot, { SLOTS as usize }> = Array::new();
+/// Which of them a destination has.
+#[btf_map]
+pub static PL_PEER_OF: HashMap<PeerKey, PeerSlot, { SLOTS as usize }, NO_PREALLOC> = HashMap::new();
+/// The addresses, network byte order, that datagram sockets are bound to.
+#[btf_map]
+pub static PL_BOUND: LruHashMap<BoundKey, u32, 65536> = LruHashMap::new();
+/// Who has sent datagrams to the workload's sockets.
+#[btf_map]
+pub static PL_HEARD: LruHashMap<HeardKey, u32, 65536> = LruHashMap::new();
 
 /// Companions' listening sockets. The kernel takes a socket out when it is closed: its presence says that the
 /// companion lives, whatever the agent does.
@@ -94,6 +114,33 @@ pub static PL_INBOUND: HashMap<PortKey, InboundRule, 65536, NO_PREALLOC> = HashM
 /// Indexed by [`Counter`].
 #[btf_map]
 pub static PL_COUNTERS: PerCpuArray<u64, 16> = PerCpuArray::new();
+
+// Offsets of members of kernel structures, in bytes, as this kernel's BTF says; all zero where no programs can be told
+// apart.
+#[unsafe(no_mangle)]
+pub static OFF_TASK_MM: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_TASK_FS: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_MM_EXE: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_FILE_PATH: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_FS_ROOT: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_PATH_DENTRY: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_PATH_MOUNT: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_DENTRY_PARENT: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_DENTRY_NAME: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_MOUNT_VFS: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_MOUNT_PARENT: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_MOUNT_POINT: Global<u32> = Global::new(0);
 
 /// The workload that this instance of `pl_steer` serves: `sk_lookup` programs cannot tell their namespace.
 #[unsafe(no_mangle)]

@@ -8,7 +8,6 @@
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr, sockaddr},
-    btf_maps::lpm_trie::Key,
     helpers::generated::{
         bpf_bind, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_set_retval, bpf_setsockopt,
     },
@@ -16,16 +15,16 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockContext},
 };
 use pillion_common::{
-    AF_INET, AF_INET6, Counter, Destination, Network4, Network6, PortKey, Redirected, SlotAddress,
-    WorkloadConfig, flags,
+    AF_INET, AF_INET6, Counter, Destination, Redirected, Route, SlotAddress, TCP, UDP, WorkloadConfig, flags,
 };
 
 use crate::{
-    maps::{PL_NETS4, PL_NETS6, PL_PORTS, PL_REDIRECTED, PL_WORKLOADS, count},
+    decide::decide,
+    maps::{PL_REDIRECTED, PL_WORKLOADS, count},
     slots::{self, Taken},
     socket::{
-        IPPROTO_MPTCP, IPPROTO_TCP, LOOPBACK4, MAPPED, ONE, SOCK_STREAM, TCP_CLOSE, TCP_SYN_SENT, cookie,
-        is_local4, is_local6, is_mapped, is_multicast4, is_multicast6, listening, read, socket_of, write,
+        IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, SOCK_DGRAM, SOCK_STREAM, TCP_CLOSE,
+        TCP_SYN_SENT, cookie, is_mapped, listening, read, socket_of, unmapped, write,
     },
 };
 
@@ -62,42 +61,38 @@ struct SockaddrIn6 {
 pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let config = PL_WORKLOADS.get();
-    if !concerns(ctx, config, AF_INET) {
-        return PASS;
-    }
-    let address = read!((*ctx).user_ip4);
-    let port_be = read!((*ctx).user_port) as u16;
+    let protocol = concerned(ctx, config, AF_INET);
     let sk = socket_of(ctx);
-    if sk.is_null() {
+    if protocol == 0 || sk.is_null() {
         return PASS;
     }
-    if is_local4(address) || is_multicast4(address) {
-        return pass(ctx, false);
-    }
-    if is_excluded4(config, address, port_be) {
-        count(Counter::OutboundExcluded);
-        return pass(ctx, false);
-    }
-    let port = u16::from_be(config.outbound_port_be);
-    if !listening(config.workload, port, AF_INET) {
+    let destination = Destination {
+        address: [read!((*ctx).user_ip4), 0, 0, 0],
+        port_be: read!((*ctx).user_port) as u16,
+        family: AF_INET,
+    };
+    let mut state = begin(sk, destination, config.workload, protocol);
+    let Some(route) = decide(config, &state.destination, protocol) else { return pass(ctx, config, false) };
+    if !listening(config.workload, route.companion_port, AF_INET, protocol) {
         return fail(ctx, config, false, ECONNREFUSED);
     }
-    let destination = Destination { address: [address, 0, 0, 0], port_be, family: AF_INET };
     let netns = netns_of(ctx);
-    let mut state = begin(sk, destination, config.workload);
     state.bound[0] = read!((*sk).src_ip4);
     // An earlier connect has left the socket bound.
     if state.bound[0] != 0 || state.source_port != 0 {
         release_previous(ctx, netns);
     }
-    if !carry(ctx, &mut state, config, netns, false) {
-        return fail(ctx, config, false, EADDRNOTAVAIL);
-    }
-    if !commit(ctx, &state, netns, false) {
+    let carried = if route.flags & Route::DNS != 0 {
+        unasked(&mut state);
+        true
+    } else {
+        carry(ctx, &mut state, config, netns, false)
+    };
+    if !carried || !commit(ctx, &state, netns, false) {
         return fail(ctx, config, false, EADDRNOTAVAIL);
     }
     write!((*ctx).user_ip4, LOOPBACK4);
-    write!((*ctx).user_port, u32::from(config.outbound_port_be));
+    write!((*ctx).user_port, u32::from(route.companion_port.to_be()));
     PASS
 }
 
@@ -105,46 +100,30 @@ pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
 pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let config = PL_WORKLOADS.get();
-    if !concerns(ctx, config, AF_INET6) {
+    let protocol = concerned(ctx, config, AF_INET6);
+    let sk = socket_of(ctx);
+    if protocol == 0 || sk.is_null() {
         return PASS;
     }
-    let address = [
+    let (address, family) = unmapped([
         read!((*ctx).user_ip6[0]),
         read!((*ctx).user_ip6[1]),
         read!((*ctx).user_ip6[2]),
         read!((*ctx).user_ip6[3]),
-    ];
-    let port_be = read!((*ctx).user_port) as u16;
-    let sk = socket_of(ctx);
-    if sk.is_null() {
-        return PASS;
-    }
-    let mapped = is_mapped(&address);
-    let (local, excluded) = if mapped {
-        let local = is_local4(address[3]) || is_multicast4(address[3]);
-        (local, is_excluded4(config, address[3], port_be))
-    } else {
-        let local = is_local6(&address) || is_multicast6(&address);
-        (local, is_excluded6(config, &address, port_be))
-    };
-    if local {
-        return pass(ctx, true);
-    }
-    if excluded {
-        count(Counter::OutboundExcluded);
-        return pass(ctx, true);
-    }
+    ]);
+    let destination = Destination { address, port_be: read!((*ctx).user_port) as u16, family };
+    let mut state = begin(sk, destination, config.workload, protocol);
+    let Some(route) = decide(config, &state.destination, protocol) else { return pass(ctx, config, true) };
+    let mapped = family == AF_INET;
     // A link-local destination means nothing without its interface, which the companion could not be told.
-    if address[0] & 0xffc0_0000_u32.to_be() == 0xfe80_0000_u32.to_be() {
+    if !mapped
+        && address[0] & 0xffc0_0000_u32.to_be() == 0xfe80_0000_u32.to_be()
+        && route.flags & Route::DNS == 0
+    {
         return fail(ctx, config, true, ECONNREFUSED);
     }
-    let destination = if mapped {
-        Destination { address: [address[3], 0, 0, 0], port_be, family: AF_INET }
-    } else {
-        Destination { address, port_be, family: AF_INET6 }
-    };
-    let port = u16::from_be(config.outbound_port_be);
-    let by4 = listening(config.workload, port, AF_INET);
+    let port = route.companion_port;
+    let by4 = listening(config.workload, port, AF_INET, protocol);
     let bound =
         [read!((*sk).src_ip6[0]), read!((*sk).src_ip6[1]), read!((*sk).src_ip6[2]), read!((*sk).src_ip6[3])];
     let bound_any = bound[0] | bound[1] | bound[2] | bound[3] == 0;
@@ -153,22 +132,36 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     if has_port || !bound_any {
         release_previous(ctx, netns);
     }
-    let mut state = begin(sk, destination, config.workload);
     state.bound = if is_mapped(&bound) { [bound[3], 0, 0, 0] } else { bound };
 
-    let mut carried =
-        by4 && !has_port && (bound_any || is_mapped(&bound)) && carry(ctx, &mut state, config, netns, true);
+    let dns = route.flags & Route::DNS != 0;
+    let mut carried = by4 && !has_port && (bound_any || is_mapped(&bound)) && {
+        if !dns {
+            carry(ctx, &mut state, config, netns, true)
+        } else if bound_any {
+            // Refused by a socket for IPv6 alone.
+            let free = bind_to(ctx, [0, 0, MAPPED, LOOPBACK4], 0, true);
+            state.flags |= if free { Redirected::REBOUND } else { 0 };
+            free
+        } else {
+            true
+        }
+    };
     let mut refused = if by4 { EADDRNOTAVAIL } else { ECONNREFUSED };
-    if !carried && !mapped && listening(config.workload, port, AF_INET6) {
+    if !carried && !mapped && listening(config.workload, port, AF_INET6, protocol) {
         state.flags |= Redirected::DIALLED6;
         refused = EADDRNOTAVAIL;
         let from = if bound_any { [0, 0, 0, ONE] } else { bound };
-        carried = (has_port || take_port(ctx, &mut state, from, true)) && carry_by_source(&state, netns);
-        if bound_any && !has_port {
+        carried =
+            dns || (has_port || take_port(ctx, &mut state, from, true)) && carry_by_source(&state, netns);
+        if bound_any && !has_port && !dns {
             state.flags |= Redirected::REBOUND;
         }
     } else if !carried && by4 && has_port && (bound_any || is_mapped(&bound)) {
-        carried = carry_by_source(&state, netns);
+        carried = dns || carry_by_source(&state, netns);
+    }
+    if dns {
+        unasked(&mut state);
     }
     if !carried || !commit(ctx, &state, netns, true) {
         return fail(ctx, config, true, refused);
@@ -182,7 +175,7 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
         write!((*ctx).user_ip6[2], 0);
         write!((*ctx).user_ip6[3], ONE);
     }
-    write!((*ctx).user_port, u32::from(config.outbound_port_be));
+    write!((*ctx).user_port, u32::from(port.to_be()));
     PASS
 }
 
@@ -193,7 +186,9 @@ pub fn pl_release(ctx: SockContext) -> i32 {
     let sk = ctx.sock;
     let cookie = cookie(sk);
     let state = read!((*sk).state);
-    if (state == TCP_SYN_SENT || state == TCP_CLOSE)
+    // A datagram socket's companion may ask again as long as it is open.
+    let over = state == TCP_SYN_SENT || state == TCP_CLOSE || read!((*sk).protocol) == IPPROTO_UDP;
+    if over
         // SAFETY: the entry stays until it is removed below.
         && let Some(redirected) = unsafe { PL_REDIRECTED.get(cookie) }
     {
@@ -218,43 +213,27 @@ pub fn pl_socket(ctx: SockContext) -> i32 {
     DENY
 }
 
-/// An address of another family than the socket's is the kernel's to refuse.
+/// The protocol of a connect that may be redirected, else 0. An address of another family than the socket's is the
+/// kernel's to refuse.
 #[inline(always)]
-fn concerns(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, family: u16) -> bool {
-    config.flags & flags::OUTBOUND != 0
-        && read!((*ctx).user_family) == u32::from(family)
-        && read!((*ctx).type_) == SOCK_STREAM
-        && read!((*ctx).protocol) == IPPROTO_TCP
+fn concerned(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, family: u16) -> u8 {
+    if config.flags & flags::OUTBOUND == 0 || read!((*ctx).user_family) != u32::from(family) {
+        return 0;
+    }
+    let (kind, protocol) = (read!((*ctx).type_), read!((*ctx).protocol));
+    if kind == SOCK_STREAM && protocol == IPPROTO_TCP {
+        TCP
+    } else if kind == SOCK_DGRAM && protocol == IPPROTO_UDP && config.flags & flags::DATAGRAMS != 0 {
+        UDP
+    } else {
+        0
+    }
 }
 
 #[inline(always)]
 fn netns_of(ctx: *mut bpf_sock_addr) -> u64 {
     // SAFETY: a context of this program type is what the helper takes (Linux 5.14).
     unsafe { bpf_get_netns_cookie(ctx.cast()) }
-}
-
-#[inline(always)]
-fn is_excluded_port(config: &WorkloadConfig, port_be: u16) -> bool {
-    let key = PortKey { workload: config.workload, port: u16::from_be(port_be), pad: 0 };
-    config.flags & flags::EXCLUDES_PORTS != 0 && PL_PORTS.get_ptr(key).is_some()
-}
-
-#[inline(always)]
-fn is_excluded4(config: &WorkloadConfig, address: u32, port_be: u16) -> bool {
-    if is_excluded_port(config, port_be) {
-        return true;
-    }
-    let key = Key::new(64, Network4 { workload: config.workload, address });
-    config.flags & flags::EXCLUDES_NETWORKS4 != 0 && PL_NETS4.get(&key).is_some()
-}
-
-#[inline(always)]
-fn is_excluded6(config: &WorkloadConfig, address: &[u32; 4], port_be: u16) -> bool {
-    if is_excluded_port(config, port_be) {
-        return true;
-    }
-    let key = Key::new(160, Network6 { workload: config.workload, address: *address });
-    config.flags & flags::EXCLUDES_NETWORKS6 != 0 && PL_NETS6.get(&key).is_some()
 }
 
 /// Gives back what an earlier connect of the same socket took: it has failed, or there would not be another.
@@ -267,16 +246,26 @@ fn release_previous(ctx: *mut bpf_sock_addr, netns: u64) {
 }
 
 #[inline(always)]
-fn begin(sk: *mut bpf_sock, destination: Destination, workload: u32) -> Redirected {
+fn begin(sk: *mut bpf_sock, destination: Destination, workload: u32, protocol: u8) -> Redirected {
     Redirected {
         destination,
         slot: Redirected::NO_SLOT,
         generation: 0,
         bound: [0; 4],
-        flags: 0,
+        flags: if protocol == UDP { Redirected::DATAGRAMS } else { 0 },
         interface: read!((*sk).bound_dev_if),
         source_port: read!((*sk).src_port),
         workload,
+    }
+}
+
+/// The companion does not ask: the socket keeps its source, and shows what the application itself had bound.
+#[inline(always)]
+fn unasked(state: &mut Redirected) {
+    state.flags |= Redirected::UNASKED;
+    if SlotAddress::decode(u32::from_be(state.bound[0])).is_some() {
+        state.bound = [0; 4];
+        state.flags |= Redirected::REBOUND;
     }
 }
 
@@ -320,7 +309,7 @@ fn carry(
 
 #[inline(always)]
 fn carry_by_source(state: &Redirected, netns: u64) -> bool {
-    slots::keep_by_source(&slots::key_of(state, netns), &state.destination, state.workload)
+    slots::keep_of_socket(state, netns)
 }
 
 /// Binds a socket to `from` and a port of our choice, because only a known source can carry the destination.
@@ -378,10 +367,13 @@ fn bind_to_interface(ctx: *mut bpf_sock_addr, index: u32) {
 
 /// Lets the connect go where the application wants, and undoes what an earlier one left on the socket.
 #[inline(always)]
-fn pass(ctx: *mut bpf_sock_addr, v6: bool) -> i32 {
+fn pass(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, v6: bool) -> i32 {
     let cookie = cookie(ctx);
+    // What another workload's program has just redirected, which is within this one, is not this one's.
     // SAFETY: the entry stays until it is removed below.
-    if let Some(previous) = unsafe { PL_REDIRECTED.get(cookie) } {
+    if let Some(previous) = unsafe { PL_REDIRECTED.get(cookie) }
+        && previous.workload == config.workload
+    {
         slots::abandon(previous, netns_of(ctx));
         let (flags, bound, interface) = (previous.flags, previous.bound, previous.interface);
         let _ = PL_REDIRECTED.remove(cookie);
@@ -407,7 +399,7 @@ fn unbind(ctx: *mut bpf_sock_addr, bound: [u32; 4], v6: bool) {
 fn fail(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, v6: bool, errno: i32) -> i32 {
     if config.flags & flags::FAIL_CLOSED == 0 {
         count(Counter::OutboundFailedOpen);
-        return pass(ctx, v6);
+        return pass(ctx, config, v6);
     }
     count(Counter::OutboundFailedClosed);
     // SAFETY: sets the result of the system call (Linux 5.18).

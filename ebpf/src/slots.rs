@@ -8,7 +8,7 @@ use core::ptr::NonNull;
 
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use pillion_common::{
-    AF_INET, AF_INET6, BySource, BySourceKey, Counter, Destination, Redirected, SLOTS, Slot, tag,
+    AF_INET, AF_INET6, BySource, BySourceKey, Counter, Destination, Redirected, SLOTS, Slot, TCP, UDP, tag,
 };
 
 use crate::atomic;
@@ -18,6 +18,8 @@ use crate::socket::{LOOPBACK4, ONE};
 /// How many returned slots, and then how many random ones, are tried.
 const TRIES_RETURNED: u32 = 8;
 const TRIES_RANDOM: u32 = 32;
+/// How long the slot of a closed datagram socket stays, in units of 2^30 ns.
+const LINGER: u32 = 10;
 
 /// A slot held by this run of a program.
 #[derive(Clone, Copy)]
@@ -34,7 +36,7 @@ pub fn now() -> u32 {
 }
 
 #[inline(always)]
-fn tag_of(slot: *mut Slot) -> NonNull<u64> {
+pub fn tag_of(slot: *mut Slot) -> NonNull<u64> {
     // SAFETY: a map value that a lookup has returned, hence not null.
     unsafe { NonNull::new_unchecked(&raw mut (*slot).tag) }
 }
@@ -67,6 +69,27 @@ fn claim(id: u32, time: u32, netns: u64, workload: u32, destination: &Destinatio
 /// Takes a slot for `destination`; `None` when all of them wait for their questions.
 #[inline(always)]
 pub fn take(netns: u64, workload: u32, destination: &Destination) -> Option<Taken> {
+    let taken = take_slot(netns, workload, destination);
+    (taken != NONE).then_some(Taken { slot: taken as u32, generation: (taken >> 32) as u32 })
+}
+
+/// What [`take_slot`] returns for none: no slot has this number.
+const NONE: u64 = u64::MAX;
+
+/// Number and, above it, generation. A global function: the kernel verifies it once and not on every path to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn take_slot(netns: u64, workload: u32, destination: *const Destination) -> u64 {
+    // SAFETY: the verifier sees to it that it is null or a destination.
+    let Some(destination) = (unsafe { destination.as_ref() }) else { return NONE };
+    match find(netns, workload, destination) {
+        Some(taken) => u64::from(taken.generation) << 32 | u64::from(taken.slot),
+        None => NONE,
+    }
+}
+
+#[inline(always)]
+fn find(netns: u64, workload: u32, destination: &Destination) -> Option<Taken> {
     let time = now();
     let usable = USABLE_SLOTS.load();
     if let Some(fresh) = PL_FRESH.get_ptr_mut(0).and_then(NonNull::new) {
@@ -116,6 +139,17 @@ fn free(slot: *mut Slot, id: u32, seen: u64) {
     }
 }
 
+/// Gives back the slot of a socket for datagrams, not at once: some may be on their way whose companion has not asked yet.
+#[inline(always)]
+fn retire(taken: Taken) {
+    let Some(slot) = PL_SLOTS.get_ptr_mut(taken.slot) else { return };
+    let seen = atomic::load(tag_of(slot));
+    if tag::is_busy(seen) && tag::generation(seen) == taken.generation {
+        let time = now().wrapping_add(LINGER).wrapping_sub(SLOT_EXPIRY.load());
+        atomic::compare_exchange(tag_of(slot), seen, tag::at(seen, time));
+    }
+}
+
 /// What a question about a slot finds.
 pub enum Asked {
     /// The destination, the workload's number and the slot's tag; the slot is to be given back with [`answered`].
@@ -160,11 +194,13 @@ pub fn answered(id: u32, seen: u64) {
 /// Keeps a destination by the source of the connection. Fails while another connection from the same source is known,
 /// because its answer would be wrong.
 #[inline(always)]
-pub fn keep_by_source(key: &BySourceKey, destination: &Destination, workload: u32) -> bool {
+fn keep_by_source(key: &BySourceKey, destination: &Destination, workload: u32) -> bool {
     const BPF_NOEXIST: u64 = 1;
+    // A datagram socket that is connected again has another destination from now on.
+    let unique = if key.protocol == u16::from(UDP) { 0 } else { BPF_NOEXIST };
     let time = now();
     let value = BySource { destination: *destination, time, workload };
-    if PL_BY_SOURCE.insert(key, value, BPF_NOEXIST).is_ok() {
+    if PL_BY_SOURCE.insert(key, value, unique).is_ok() {
         return true;
     }
     // SAFETY: read at once, before any other operation on the map.
@@ -189,8 +225,48 @@ pub fn keep_answer(key: &BySourceKey, destination: &Destination, workload: u32, 
 /// Gives back whatever carries the destination of a socket whose connection did not come about.
 #[inline(always)]
 pub fn abandon(redirected: &Redirected, netns: u64) {
+    abandon_socket(redirected, netns);
+}
+
+/// A global function, for a stack frame of its own: one frame has 512 bytes with all that it calls.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn abandon_socket(redirected: *const Redirected, netns: u64) -> u32 {
+    // SAFETY: the verifier sees to it that it is null or a socket's entry.
+    if let Some(redirected) = unsafe { redirected.as_ref() } {
+        release(redirected, netns);
+    }
+    0
+}
+
+/// Keeps the destination of a socket by its source, as [`keep_by_source`] does.
+#[inline(always)]
+pub fn keep_of_socket(redirected: &Redirected, netns: u64) -> bool {
+    keep_socket(redirected, netns) != 0
+}
+
+/// A global function, for a stack frame of its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn keep_socket(redirected: *const Redirected, netns: u64) -> u32 {
+    // SAFETY: the verifier sees to it that it is null or a socket's entry.
+    let Some(redirected) = (unsafe { redirected.as_ref() }) else { return 0 };
+    let key = key_of(redirected, netns);
+    u32::from(keep_by_source(&key, &redirected.destination, redirected.workload))
+}
+
+#[inline(always)]
+fn release(redirected: &Redirected, netns: u64) {
+    if redirected.flags & Redirected::UNASKED != 0 {
+        return;
+    }
     if redirected.slot != Redirected::NO_SLOT {
-        give_back(Taken { slot: redirected.slot, generation: redirected.generation });
+        let taken = Taken { slot: redirected.slot, generation: redirected.generation };
+        if redirected.flags & Redirected::DATAGRAMS == 0 {
+            give_back(taken)
+        } else {
+            retire(taken)
+        }
         return;
     }
     let _ = PL_BY_SOURCE.remove(key_of(redirected, netns));
@@ -198,7 +274,7 @@ pub fn abandon(redirected: &Redirected, netns: u64) {
 
 /// The key under which the destination of a socket is kept: its source as the companion sees it.
 #[inline(always)]
-pub fn key_of(redirected: &Redirected, netns: u64) -> BySourceKey {
+fn key_of(redirected: &Redirected, netns: u64) -> BySourceKey {
     let dialled6 = redirected.flags & Redirected::DIALLED6 != 0;
     let bound = redirected.bound;
     let address = if bound[0] | bound[1] | bound[2] | bound[3] != 0 {
@@ -212,6 +288,7 @@ pub fn key_of(redirected: &Redirected, netns: u64) -> BySourceKey {
         netns,
         address,
         port: redirected.source_port,
-        family: u32::from(if dialled6 { AF_INET6 } else { AF_INET }),
+        family: if dialled6 { AF_INET6 } else { AF_INET },
+        protocol: u16::from(if redirected.flags & Redirected::DATAGRAMS == 0 { TCP } else { UDP }),
     }
 }

@@ -4,12 +4,14 @@ use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
     helpers::generated::{bpf_get_socket_cookie, bpf_map_lookup_elem, bpf_sk_release},
 };
-use pillion_common::{AF_INET, AF_INET6, ListenerKey};
+use pillion_common::{AF_INET, AF_INET6, ListenerKey, UDP};
 
 use crate::maps::PL_LISTENERS;
 
 pub const SOCK_STREAM: u32 = 1;
+pub const SOCK_DGRAM: u32 = 2;
 pub const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_UDP: u32 = 17;
 pub const IPPROTO_MPTCP: u32 = 262;
 /// `TCP_SYN_SENT`, `TCP_CLOSE` and `TCP_LISTEN` of net/tcp_states.h.
 pub const TCP_SYN_SENT: u32 = 2;
@@ -51,10 +53,10 @@ pub fn cookie<T>(ctx: *mut T) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.cast()) }
 }
 
-/// Looks up a companion's listening socket and releases it again: is there one that listens?
+/// Looks up a companion's socket and releases it again: is there one that listens, or takes datagrams?
 #[inline(always)]
-pub fn listening(workload: u32, port: u16, family: u16) -> bool {
-    let key = ListenerKey { workload, port, family };
+pub fn listening(workload: u32, port: u16, family: u16, protocol: u8) -> bool {
+    let key = ListenerKey { workload, port, family: family as u8, protocol };
     // SAFETY: a lookup in a map of sockets returns a referenced socket or null; it is released below.
     let sk =
         unsafe { bpf_map_lookup_elem((&raw const PL_LISTENERS).cast_mut().cast(), (&raw const key).cast()) };
@@ -64,7 +66,7 @@ pub fn listening(workload: u32, port: u16, family: u16) -> bool {
     let state = read!((*sk.cast::<bpf_sock>()).state);
     // SAFETY: the reference taken above.
     unsafe { bpf_sk_release(sk) };
-    state == TCP_LISTEN
+    protocol == UDP || state == TCP_LISTEN
 }
 
 /// 127.0.0.0/8, and 0.0.0.0, which connect() takes for this host.

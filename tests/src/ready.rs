@@ -5,10 +5,10 @@ use std::{fs, net::SocketAddr, os::fd::OwnedFd};
 
 use anyhow::{Context as _, Result};
 use pillion_workload::{
-    Cgroup, CgroupId, CompanionName, Family, Listener, Pid, ProcessId, ReadyCompanion, StartTime,
+    Cgroup, CgroupId, CompanionName, Family, Listener, Pid, ProcessId, Protocol, ReadyCompanion, StartTime,
 };
 use rustix::{
-    net::sockopt,
+    net::{AddressFamily, SocketType, sockopt},
     process::{Pid as RawPid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
@@ -22,11 +22,14 @@ pub fn ready(name: CompanionName, pid: u32, cgroup: &CgroupGuard) -> Result<Read
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let number = entry?.file_name().to_string_lossy().parse()?;
         let socket: OwnedFd = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty())?;
-        if sockopt::socket_acceptconn(&socket).unwrap_or(false) {
-            let local: SocketAddr = rustix::net::getsockname(&socket)?.try_into()?;
-            let family = if local.is_ipv4() { Family::V4 } else { Family::V6 };
-            listeners.push(Listener { port: local.port(), family, socket });
-        }
+        let protocol = match sockopt::socket_type(&socket) {
+            Ok(SocketType::STREAM) if sockopt::socket_acceptconn(&socket)? => Protocol::Tcp,
+            Ok(SocketType::DGRAM) if sockopt::socket_domain(&socket)? != AddressFamily::UNIX => Protocol::Udp,
+            Ok(_) | Err(_) => continue,
+        };
+        let local: SocketAddr = rustix::net::getsockname(&socket)?.try_into()?;
+        let family = if local.is_ipv4() { Family::V4 } else { Family::V6 };
+        listeners.push(Listener { protocol, port: local.port(), family, socket });
     }
     let process = ProcessId { pid: Pid(raw), started: StartTime(0) };
     Ok(ReadyCompanion::probe_passed(name, process, identity(cgroup)?, listeners))

@@ -59,18 +59,18 @@ fn outbound() -> RedirectSpec {
         ports: [2222].into(),
         cidrs: vec!["10.77.9.0/24".parse().expect("a network"), "fd77:9::/64".parse().expect("a network")],
     };
-    RedirectSpec { outbound: Some(OutboundRule { to: to(OUTBOUND), exclude }), inbound: vec![] }
+    let rule = OutboundRule { exclude, ..OutboundRule::all_tcp(to(OUTBOUND)) };
+    RedirectSpec { outbound: vec![rule], ..RedirectSpec::default() }
 }
 
 /// Everything, for a flood: its destinations have every port.
 fn all() -> RedirectSpec {
-    let rule = OutboundRule { to: to(OUTBOUND), exclude: Exclusions::default() };
-    RedirectSpec { outbound: Some(rule), inbound: vec![] }
+    RedirectSpec { outbound: vec![OutboundRule::all_tcp(to(OUTBOUND))], ..RedirectSpec::default() }
 }
 
 fn inbound() -> RedirectSpec {
     let rule = InboundRule { ports: [8080].into(), to: to(INBOUND) };
-    RedirectSpec { outbound: None, inbound: vec![rule] }
+    RedirectSpec { inbound: vec![rule], ..RedirectSpec::default() }
 }
 
 impl Stage {
@@ -464,7 +464,7 @@ fn rules_change_and_end_without_touching_connections() -> Result<()> {
         let netns = File::open(stage.near.path())?;
         let sources = Sources::default();
         let mut spec = outbound();
-        spec.outbound.as_mut().context("outbound")?.exclude.ports = [80].into();
+        spec.outbound[0].exclude.ports = [80].into();
         stage.guard().update(netns.as_fd(), &spec, FailureMode::Closed, sources)?;
         assert_eq!(stage.app.converse(server, "excluded now")?, Ok("excluded now".to_owned()));
         stage.guard().update(netns.as_fd(), &outbound(), FailureMode::Open, sources)?;

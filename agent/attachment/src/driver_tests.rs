@@ -187,6 +187,7 @@ impl Machinery for Diary {
 
     fn redirect_record(&self, _: &Vec<String>) -> RedirectRecord {
         RedirectRecord {
+            table: 0,
             number: 1,
             cgroup: workload().instance.cgroup,
             spec: pillion_workload::RedirectSpec::default(),
@@ -323,7 +324,7 @@ impl Test {
 
 fn two() -> Plan {
     let mut plan = plan(&["a", "b"]);
-    plan.redirect.outbound = Some(outbound(Target { companion: "a".parse().unwrap(), port: None }));
+    plan.redirect.outbound = vec![outbound(Target { companion: "a".parse().unwrap(), port: None })];
     plan
 }
 

@@ -160,22 +160,26 @@ fn claim(port: u16) -> Option<OwnedFd> {
     Some(claim)
 }
 
-/// Whether nobody listens on the port on any address. Connections in `TIME_WAIT` are not in the way.
+/// Whether nobody listens on the port on any address, nor takes datagrams. Connections in `TIME_WAIT` are not in the way.
 fn is_free(port: u16) -> bool {
     let v4 = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port));
     let v6 = SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0));
-    can_listen(AddressFamily::Inet, &v4) && can_listen(AddressFamily::Inet6, &v6)
+    [SockType::Stream, SockType::Datagram]
+        .into_iter()
+        .all(|kind| can_bind(AddressFamily::Inet, kind, &v4) && can_bind(AddressFamily::Inet6, kind, &v6))
 }
 
-fn can_listen(family: AddressFamily, address: &dyn SockaddrLike) -> bool {
+fn can_bind(family: AddressFamily, kind: SockType, address: &dyn SockaddrLike) -> bool {
     let attempt = || {
-        let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        if kind == SockType::Stream {
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        }
         if family == AddressFamily::Inet6 {
             setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
         }
         bind(socket.as_raw_fd(), address)?;
-        listen(&socket, Backlog::new(1)?)
+        if kind == SockType::Stream { listen(&socket, Backlog::new(1)?) } else { Ok(()) }
     };
     match attempt() {
         // A namespace without IPv6 has no IPv6 listeners.
@@ -217,7 +221,7 @@ mod tests {
     async fn two_workloads_of_a_namespace_get_different_ports() {
         let netns: Arc<OwnedFd> = Arc::new(std::fs::File::open("/proc/self/ns/net").unwrap().into());
         let mut plan = plan(&["a"]);
-        plan.redirect.outbound = Some(outbound(Target { companion: "a".parse().unwrap(), port: None }));
+        plan.redirect.outbound = vec![outbound(Target { companion: "a".parse().unwrap(), port: None })];
         let plan = Arc::new(plan);
         let first = settle(netns.clone(), plan.clone(), None).await;
         if !nix::unistd::geteuid().is_root() {

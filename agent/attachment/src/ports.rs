@@ -5,12 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pillion_companion::ResolvedPorts;
-use pillion_workload::{CompanionName, Plan, Probe, RedirectSpec};
+use pillion_workload::{CompanionName, Plan, Probe, Protocol, RedirectSpec, Target};
 
 /// Where outbound connections go when the policy leaves the port out: what service meshes use.
 pub const DEFAULT_OUTBOUND: u16 = 15001;
 /// Where inbound connections go when the policy leaves the port out.
 pub const DEFAULT_INBOUND: u16 = 15006;
+/// Where questions to resolvers go when the policy leaves the port out.
+pub(crate) const DEFAULT_DNS: u16 = 15053;
 /// Tried when a default is taken. Below the range of ephemeral ports (32768 and up), so that no outgoing connection
 /// of the workload can be in the way.
 const FALLBACKS: std::ops::RangeInclusive<u16> = 15100..=15999;
@@ -33,27 +35,71 @@ impl Resolved {
         for spec in &plan.companions {
             resolved.companions.entry(spec.name.clone()).or_default();
         }
-        if let Some(outbound) = &redirect.outbound
-            && let Some(port) = outbound.to.port
-        {
-            let ports = resolved.companions.entry(outbound.to.companion.clone()).or_default();
-            ports.outbound = Some(port);
-            ports.listening.insert(port);
-            if plan.redirect.outbound.as_ref().is_some_and(|planned| planned.to.port.is_none()) {
-                resolved.allocated.insert(port);
+        let planned: Vec<Option<u16>> = targets(&plan.redirect).map(|wanted| wanted.to.port).collect();
+        let mut allocated = BTreeSet::new();
+        for (wanted, planned) in targets(redirect).zip(planned) {
+            let Some(port) = wanted.to.port else { continue };
+            wanted.note(port, &mut resolved.companions);
+            if planned.is_none() {
+                allocated.insert(port);
             }
         }
-        for (rule, planned) in redirect.inbound.iter().zip(&plan.redirect.inbound) {
-            let Some(port) = rule.to.port else { continue };
-            let ports = resolved.companions.entry(rule.to.companion.clone()).or_default();
-            ports.inbound.get_or_insert(port);
-            ports.listening.insert(port);
-            if planned.to.port.is_none() {
-                resolved.allocated.insert(port);
-            }
-        }
+        resolved.allocated = allocated;
         resolved
     }
+}
+
+/// What a companion listens for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Direction {
+    Dns,
+    Outbound,
+    Inbound,
+}
+
+impl Direction {
+    fn preferred(self) -> u16 {
+        match self {
+            Self::Dns => DEFAULT_DNS,
+            Self::Outbound => DEFAULT_OUTBOUND,
+            Self::Inbound => DEFAULT_INBOUND,
+        }
+    }
+}
+
+/// One target of a redirection.
+struct Wanted<'a> {
+    direction: Direction,
+    to: &'a Target,
+    protocols: BTreeSet<Protocol>,
+}
+
+impl Wanted<'_> {
+    /// Tells the companion of its port.
+    fn note(&self, port: u16, companions: &mut BTreeMap<CompanionName, ResolvedPorts>) {
+        let ports = companions.entry(self.to.companion.clone()).or_default();
+        let place = match self.direction {
+            Direction::Dns => &mut ports.dns,
+            Direction::Outbound => &mut ports.outbound,
+            Direction::Inbound => &mut ports.inbound,
+        };
+        place.get_or_insert(port);
+        ports.listening.extend(self.protocols.iter().map(|protocol| (port, *protocol)));
+    }
+}
+
+/// All targets, in the order in which ports are given to them.
+fn targets(redirect: &RedirectSpec) -> impl Iterator<Item = Wanted<'_>> {
+    let wanted = |direction, to, protocols| Wanted { direction, to, protocols };
+    let outbound = redirect
+        .outbound
+        .iter()
+        .map(move |rule| wanted(Direction::Outbound, &rule.to, rule.protocols.clone()));
+    let tcp = BTreeSet::from([Protocol::Tcp]);
+    let inbound = redirect.inbound.iter().map(move |rule| wanted(Direction::Inbound, &rule.to, tcp.clone()));
+    let both = BTreeSet::from([Protocol::Tcp, Protocol::Udp]);
+    let dns = redirect.dns.iter().map(move |to| wanted(Direction::Dns, to, both.clone()));
+    outbound.chain(inbound).chain(dns)
 }
 
 /// Why ports cannot be settled.
@@ -101,32 +147,28 @@ pub(crate) fn resolve(
 
     let mut companions: BTreeMap<CompanionName, ResolvedPorts> =
         plan.companions.iter().map(|spec| (spec.name.clone(), ResolvedPorts::default())).collect();
-    if let Some(outbound) = &mut resolved.redirect.outbound {
-        let name = &outbound.to.companion;
-        let port = match outbound.to.port {
-            Some(port) => port,
-            None => allocate(name, DEFAULT_OUTBOUND, kept_outbound(previous, name))?,
-        };
-        outbound.to.port = Some(port);
-        let ports = companions.entry(name.clone()).or_default();
-        ports.outbound = Some(port);
-        ports.listening.insert(port);
-    }
-    let mut inbound_of: BTreeMap<CompanionName, u16> = BTreeMap::new();
-    for rule in &mut resolved.redirect.inbound {
-        let name = &rule.to.companion;
-        let port = match (rule.to.port, inbound_of.get(name)) {
+    // A companion has one allocated port for each direction.
+    let mut given: BTreeMap<(&CompanionName, Direction), u16> = BTreeMap::new();
+    let mut ports = Vec::new();
+    for wanted in targets(&plan.redirect) {
+        let name = &wanted.to.companion;
+        let port = match (wanted.to.port, given.get(&(name, wanted.direction))) {
             (Some(port), _) | (None, Some(&port)) => port,
             (None, None) => {
-                let port = allocate(name, DEFAULT_INBOUND, kept_inbound(previous, name))?;
-                inbound_of.insert(name.clone(), port);
+                let kept = kept(previous, name, wanted.direction);
+                let port = allocate(name, wanted.direction.preferred(), kept)?;
+                given.insert((name, wanted.direction), port);
                 port
             }
         };
-        rule.to.port = Some(port);
-        let ports = companions.entry(name.clone()).or_default();
-        ports.inbound.get_or_insert(port);
-        ports.listening.insert(port);
+        wanted.note(port, &mut companions);
+        ports.push(port);
+    }
+    let redirect = &mut resolved.redirect;
+    let outbound = redirect.outbound.iter_mut().map(|rule| &mut rule.to);
+    let inbound = redirect.inbound.iter_mut().map(|rule| &mut rule.to);
+    for (target, port) in outbound.chain(inbound).chain(&mut redirect.dns).zip(ports) {
+        target.port = Some(port);
     }
     resolved.companions = companions;
     Ok(resolved)
@@ -134,11 +176,9 @@ pub(crate) fn resolve(
 
 /// Ports that the plan names and that therefore are nobody else's.
 fn named_ports(plan: &Plan) -> BTreeSet<u16> {
-    let redirect = &plan.redirect;
-    let targets = redirect.outbound.iter().map(|rule| &rule.to).chain(redirect.inbound.iter().map(|r| &r.to));
-    targets
-        .filter_map(|target| target.port)
-        .chain(redirect.inbound.iter().flat_map(|rule| rule.ports.iter().copied()))
+    targets(&plan.redirect)
+        .filter_map(|wanted| wanted.to.port)
+        .chain(plan.redirect.inbound.iter().flat_map(|rule| rule.ports.iter().copied()))
         .collect()
 }
 
@@ -151,15 +191,12 @@ fn probed_ports(plan: &Plan) -> BTreeMap<u16, &CompanionName> {
     probed.collect()
 }
 
-fn kept_outbound(previous: Option<&Resolved>, companion: &CompanionName) -> Option<u16> {
+fn kept(previous: Option<&Resolved>, companion: &CompanionName, direction: Direction) -> Option<u16> {
     let previous = previous?;
-    previous.companions.get(companion)?.outbound.filter(|port| previous.allocated.contains(port))
-}
-
-fn kept_inbound(previous: Option<&Resolved>, companion: &CompanionName) -> Option<u16> {
-    let previous = previous?;
-    let rules = previous.redirect.inbound.iter().filter(|rule| rule.to.companion == *companion);
-    rules.filter_map(|rule| rule.to.port).find(|port| previous.allocated.contains(port))
+    targets(&previous.redirect)
+        .filter(|wanted| wanted.to.companion == *companion && wanted.direction == direction)
+        .filter_map(|wanted| wanted.to.port)
+        .find(|port| previous.allocated.contains(port))
 }
 
 #[cfg(test)]
@@ -194,10 +231,10 @@ mod tests {
         ];
         for (out, ins, taken, wanted_out, wanted_ins) in table {
             let mut plan = plan(&["a", "b"]);
-            plan.redirect.outbound = out.map(|to| outbound(target(to)));
+            plan.redirect.outbound = out.iter().map(|to| outbound(target(to))).collect();
             plan.redirect.inbound = ins.iter().map(|(ports, to)| inbound(ports, target(to))).collect();
             let resolved = resolve(&plan, None, |port| !taken.contains(&port)).unwrap();
-            let got_out = resolved.redirect.outbound.as_ref().and_then(|rule| rule.to.port);
+            let got_out = resolved.redirect.outbound.first().and_then(|rule| rule.to.port);
             let got_ins: Vec<u16> =
                 resolved.redirect.inbound.iter().filter_map(|rule| rule.to.port).collect();
             assert_eq!(
@@ -212,13 +249,32 @@ mod tests {
     #[test]
     fn a_companion_learns_all_its_ports() {
         let mut plan = plan(&["a"]);
-        plan.redirect.outbound = Some(outbound(target("a")));
+        plan.redirect.outbound = vec![outbound(target("a"))];
         plan.redirect.inbound = vec![inbound(&[80], target("a:81")), inbound(&[443], target("a"))];
         let resolved = resolve(&plan, None, |_| true).unwrap();
         let ports = &resolved.companions[&"a".parse().unwrap()];
         assert_eq!((ports.outbound, ports.inbound), (Some(15001), Some(81)));
-        assert_eq!(ports.listening, BTreeSet::from([81, 15001, 15006]));
+        assert_eq!(ports.listening, [81, 15001, 15006].map(|port| (port, Protocol::Tcp)).into());
         assert_eq!(resolved.allocated, BTreeSet::from([15001, 15006]));
+    }
+
+    #[test]
+    fn several_rules_and_a_resolver() {
+        let mut plan = plan(&["a", "b"]);
+        let both: BTreeSet<Protocol> = [Protocol::Tcp, Protocol::Udp].into();
+        plan.redirect.outbound =
+            vec![outbound(target("a:7000")), outbound(target("b")), outbound(target("b"))];
+        plan.redirect.outbound[2].protocols = both.clone();
+        plan.redirect.dns = Some(target("b"));
+        let resolved = resolve(&plan, None, |_| true).unwrap();
+        let got: Vec<_> = resolved.redirect.outbound.iter().map(|rule| rule.to.port).collect();
+        assert_eq!(got, [Some(7000), Some(15001), Some(15001)]);
+        assert_eq!(resolved.redirect.dns.as_ref().unwrap().port, Some(15053));
+        let ports = &resolved.companions[&"b".parse().unwrap()];
+        assert_eq!((ports.outbound, ports.dns), (Some(15001), Some(15053)));
+        let listening = [15001, 15053].into_iter().flat_map(|port| both.iter().map(move |it| (port, *it)));
+        assert_eq!(ports.listening, listening.collect());
+        assert_eq!(Resolved::recall(&plan, &resolved.redirect), resolved, "from a record");
     }
 
     #[test]
@@ -226,16 +282,16 @@ mod tests {
         for (owner, wanted) in [(0, 15001), (1, 15100)] {
             let mut plan = plan(&["a", "b"]);
             plan.companions[owner].ready.probe = Some(Probe::Tcp { port: DEFAULT_OUTBOUND });
-            plan.redirect.outbound = Some(outbound(target("a")));
+            plan.redirect.outbound = vec![outbound(target("a"))];
             let resolved = resolve(&plan, None, |_| true).unwrap();
-            assert_eq!(resolved.redirect.outbound.unwrap().to.port, Some(wanted));
+            assert_eq!(resolved.redirect.outbound[0].to.port, Some(wanted));
         }
     }
 
     #[test]
     fn a_changed_plan_keeps_what_was_allocated() {
         let mut plan = plan(&["a"]);
-        plan.redirect.outbound = Some(outbound(target("a")));
+        plan.redirect.outbound = vec![outbound(target("a"))];
         plan.redirect.inbound = vec![inbound(&[80], target("a"))];
         let first = resolve(&plan, None, |port| port >= 15200).unwrap();
         plan.redirect.inbound[0].ports.insert(81);
@@ -250,13 +306,13 @@ mod tests {
         // Unless the policy now claims that port for something else.
         plan.redirect.inbound[0].ports.insert(15200);
         let third = resolve(&plan, Some(&second), |_| true).unwrap();
-        assert_eq!(third.redirect.outbound.unwrap().to.port, Some(15001));
+        assert_eq!(third.redirect.outbound[0].to.port, Some(15001));
     }
 
     #[test]
     fn an_exhausted_namespace_is_an_error() {
         let mut plan = plan(&["a"]);
-        plan.redirect.outbound = Some(outbound(target("a")));
+        plan.redirect.outbound = vec![outbound(target("a"))];
         let error = resolve(&plan, None, |_| false).unwrap_err();
         assert!(error.to_string().contains("15001 and 15100 to 15999 are taken"), "{error}");
     }

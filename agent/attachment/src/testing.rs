@@ -3,8 +3,8 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use pillion_workload::{
-    CompanionKind, CompanionSpec, Exclusions, ExistingConnections, FailureMode, InboundRule, OutboundRule,
-    Plan, Readiness, RedirectSpec, Resources, Target, UserSpec,
+    CompanionKind, CompanionSpec, ExistingConnections, FailureMode, InboundRule, OutboundRule, Plan,
+    Readiness, RedirectSpec, Resources, Target, UserSpec,
 };
 
 pub(crate) fn plan(companions: &[&str]) -> Plan {
@@ -29,7 +29,7 @@ pub(crate) fn companion(name: &str) -> CompanionSpec {
 }
 
 pub(crate) fn outbound(to: Target) -> OutboundRule {
-    OutboundRule { to, exclude: Exclusions::default() }
+    OutboundRule::all_tcp(to)
 }
 
 pub(crate) fn inbound(ports: &[u16], to: Target) -> InboundRule {

@@ -15,11 +15,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pillion_workload::{Cgroup, CgroupId, FailureMode, RedirectSpec};
+use pillion_workload::{Cgroup, CgroupId, FailureMode, Protocol, RedirectSpec, Route, is_local};
 use rustix::net::AddressFamily;
 
 use crate::netns::{
-    NLM_F_ACK, NetnsError, NetnsThread, diag_request, exchange, for_each_tcp_socket, listening_sockets,
+    NLM_F_ACK, NetnsError, NetnsThread, diag_request, exchange, for_each_socket, listening_sockets,
     sock_diag, u32_at,
 };
 
@@ -82,10 +82,11 @@ fn reset(cgroup: &Cgroup, spec: &RedirectSpec, on_failure: FailureMode) -> Resul
     let mut count = 0;
     for _ in 0..PASSES {
         let listening: BTreeSet<u16> =
-            listening_sockets().map_err(failed)?.into_iter().map(|socket| socket.port).collect();
+            listening_sockets(Protocol::Tcp).map_err(failed)?.into_iter().map(|socket| socket.port).collect();
         let mut connections = Vec::new();
         let states = OPEN.iter().fold(0, |states, state| states | 1 << state);
-        let dump = for_each_tcp_socket(&socket, states, |message| connections.extend(parse(message)));
+        let dump =
+            for_each_socket(&socket, Protocol::Tcp, states, |message| connections.extend(parse(message)));
         dump.map_err(failed)?;
         // After the dump: a socket of a cgroup that is made meanwhile was redirected from its beginning.
         let own = below(cgroup).map_err(ResetError::Cgroup)?;
@@ -118,7 +119,7 @@ fn reset(cgroup: &Cgroup, spec: &RedirectSpec, on_failure: FailureMode) -> Resul
 /// Whether the socket was there.
 fn destroy(socket: &OwnedFd, connection: &Connection) -> Result<bool, ResetError> {
     const SOCK_DESTROY: u16 = 21;
-    let request = diag_request(connection.family, u32::MAX, &connection.socket);
+    let request = diag_request(connection.family, Protocol::Tcp, u32::MAX, &connection.socket);
     match exchange(socket, SOCK_DESTROY, NLM_F_ACK, &request, |_| {}) {
         Ok(()) => Ok(true),
         Err(error) => match error.raw_os_error().map(nix::errno::Errno::from_raw) {
@@ -193,19 +194,16 @@ impl Connection {
             let from_outside = self.remote != self.local && !is_local(self.remote);
             return from_outside && spec.inbound.iter().any(|rule| rule.ports.contains(&self.local_port));
         }
-        let Some(rule) = &spec.outbound else { return false };
-        // As in `pl_connect4` and `pl_connect6`: a link-local destination follows the failure mode.
+        // As in `pl_connect6`: a link-local destination follows the failure mode. Who had opened it is not known any more:
+        // excluded users and programs are not looked at.
         let link_local = matches!(self.remote, IpAddr::V6(address) if address.is_unicast_link_local());
-        let passes = is_local(self.remote)
-            || (link_local && on_failure == FailureMode::Open)
-            || rule.exclude.ports.contains(&self.remote_port)
-            || rule.exclude.cidrs.iter().any(|network| network.contains(&self.remote));
-        self.state != TCP_SYN_RECV && !passes
+        self.state != TCP_SYN_RECV
+            && match spec.route(Protocol::Tcp, self.remote, self.remote_port) {
+                Route::Pass(_) => false,
+                Route::Dns(_) => true,
+                Route::Rule(..) => !link_local || on_failure == FailureMode::Closed,
+            }
     }
-}
-
-fn is_local(address: IpAddr) -> bool {
-    address.is_loopback() || address.is_unspecified()
 }
 
 /// `struct inet_diag_msg` (72 bytes; see `netns`), then attributes.
@@ -275,8 +273,9 @@ mod tests {
         let to = || Target { companion: "a".parse().expect("valid"), port: Some(15001) };
         let exclude = Exclusions { ports: [22].into(), cidrs: vec!["10.9.0.0/16".parse().expect("valid")] };
         let spec = RedirectSpec {
-            outbound: Some(OutboundRule { to: to(), exclude }),
+            outbound: vec![OutboundRule { exclude, ..OutboundRule::all_tcp(to()) }],
             inbound: vec![InboundRule { ports: [8080].into(), to: to() }],
+            ..RedirectSpec::default()
         };
         let listening = BTreeSet::from([8080, 9090]);
         for (local, remote, open, closed) in [
@@ -312,8 +311,10 @@ mod tests {
             let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("listening");
             let mut found = Vec::new();
             let socket = sock_diag().expect("sock_diag");
-            for_each_tcp_socket(&socket, 1 << TCP_ESTABLISHED, |message| found.extend(parse(message)))
-                .expect("a dump");
+            for_each_socket(&socket, Protocol::Tcp, 1 << TCP_ESTABLISHED, |message| {
+                found.extend(parse(message));
+            })
+            .expect("a dump");
             let local = client.local_addr().expect("connected");
             let own = found.iter().find(|it| it.local == local.ip() && it.local_port == local.port());
             let own = own.expect("it is listed");

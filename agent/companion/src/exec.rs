@@ -157,6 +157,7 @@ fn variables(launch: &Launch, directory: &CompanionDirectory) -> Variables {
     for (name, port, reason) in [
         ("outboundPort", launch.ports.outbound, "no outbound redirection goes to this companion"),
         ("inboundPort", launch.ports.inbound, "no inbound redirection goes to this companion"),
+        ("dnsPort", launch.ports.dns, "no questions to resolvers go to this companion"),
     ] {
         match port {
             Some(port) => variables.set(name, port.to_string()),
@@ -184,9 +185,11 @@ fn environment(launch: &Launch, directory: &CompanionDirectory) -> Vec<(OsString
         // Go listens with Multipath TCP since 1.24; such sockets cannot be redirected to.
         ("GODEBUG".into(), "multipathtcp=0".into()),
     ];
-    for (name, port) in
-        [("PILLION_OUTBOUND_PORT", launch.ports.outbound), ("PILLION_INBOUND_PORT", launch.ports.inbound)]
-    {
+    for (name, port) in [
+        ("PILLION_OUTBOUND_PORT", launch.ports.outbound),
+        ("PILLION_INBOUND_PORT", launch.ports.inbound),
+        ("PILLION_DNS_PORT", launch.ports.dns),
+    ] {
         if let Some(port) = port {
             environment.push((name.into(), port.to_string().into()));
         }

@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use pillion_workload::{CompanionSpec, WorkloadId};
+use pillion_workload::{CompanionSpec, Protocol, WorkloadId};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -112,7 +112,8 @@ pub struct ResolvedPorts {
     pub outbound: Option<u16>,
     /// For connections that the workload accepts: `{{ inboundPort }}`.
     pub inbound: Option<u16>,
-    /// Every port that redirection sends connections to; holds the two above and more when the policy has several
-    /// inbound rules.
-    pub listening: BTreeSet<u16>,
+    /// For questions to resolvers: `{{ dnsPort }}`.
+    pub dns: Option<u16>,
+    /// Every port that redirection sends something to; holds those above and more when the policy has several rules.
+    pub listening: BTreeSet<(u16, Protocol)>,
 }

@@ -1,4 +1,4 @@
-//! The listening sockets of a companion: found by inode among its processes' descriptors and duplicated from there.
+//! The listening sockets of a companion, and those that take datagrams: found by inode among its processes' descriptors and duplicated from there.
 //!
 //! A socket counts only when it listens in the workload's network namespace *and* a process of the companion's cgroup
 //! holds it. Whatever the companion does meanwhile, what is handed out was checked after it was duplicated.
@@ -12,10 +12,10 @@ use std::{
     time::Instant,
 };
 
-use pillion_workload::{Family, Listener, Pid};
+use pillion_workload::{Family, Listener, Pid, Protocol};
 use procfs::process::FDTarget;
 use rustix::{
-    net::{getsockname, sockopt},
+    net::{SocketType, getpeername, getsockname, sockopt},
     process::{PidfdGetfdFlags, pidfd_getfd},
 };
 
@@ -27,19 +27,24 @@ pub(crate) struct Look {
     /// The companion's, on the ports that were asked for.
     pub(crate) listeners: Vec<Listener>,
     /// Ports on which the companion does not listen for IPv4.
-    pub(crate) missing: BTreeSet<u16>,
+    pub(crate) missing: BTreeSet<(u16, Protocol)>,
     /// Those of the missing ports on which somebody else does.
-    pub(crate) foreign: BTreeSet<u16>,
+    pub(crate) foreign: BTreeSet<(u16, Protocol)>,
 }
 
 /// Looks for listeners on `ports`. Must run on a thread in the workload's network namespace; ends soon after
 /// `deadline` however many descriptors the companion has opened.
-pub(crate) fn look(ports: &BTreeSet<u16>, cgroup: &Path, deadline: Instant) -> io::Result<Look> {
-    let wanted: Vec<_> = listening_sockets()?
-        .into_iter()
-        .filter(|socket| ports.contains(&socket.port) && family(socket.address, false).is_some())
-        .map(|socket| (socket.inode, socket.port))
-        .collect();
+pub(crate) fn look(ports: &BTreeSet<(u16, Protocol)>, cgroup: &Path, deadline: Instant) -> io::Result<Look> {
+    let mut wanted = Vec::new();
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        if ports.iter().any(|(_, asked)| *asked == protocol) {
+            let sockets = listening_sockets(protocol)?.into_iter();
+            let ours = sockets.filter(|socket| {
+                ports.contains(&(socket.port, protocol)) && family(socket.address, false).is_some()
+            });
+            wanted.extend(ours.map(|socket| (socket.inode, (socket.port, protocol))));
+        }
+    }
     let mut listeners = Vec::new();
     let mut inodes: BTreeSet<u64> = wanted.iter().map(|(inode, _)| *inode).collect();
     if !wanted.is_empty() {
@@ -53,13 +58,13 @@ pub(crate) fn look(ports: &BTreeSet<u16>, cgroup: &Path, deadline: Instant) -> i
     }
     // IPv6 alone is not enough: connections of both families are sent to a listener for IPv4 (v4-mapped), and one for
     // IPv6 beside it serves only sockets that cannot take that way.
-    let found: BTreeSet<u16> = listeners
+    let found: BTreeSet<_> = listeners
         .iter()
         .filter(|listener: &&Listener| listener.family != Family::V6)
-        .map(|listener| listener.port)
+        .map(|listener| (listener.port, listener.protocol))
         .collect();
-    let missing: BTreeSet<u16> = ports.difference(&found).copied().collect();
-    let of_others = |(inode, port): &(u64, u16)| inodes.contains(inode).then_some(*port);
+    let missing: BTreeSet<_> = ports.difference(&found).copied().collect();
+    let of_others = |(inode, port): &(u64, (u16, Protocol))| inodes.contains(inode).then_some(*port);
     let foreign = wanted.iter().filter_map(of_others).filter(|port| missing.contains(port)).collect();
     Ok(Look { listeners, missing, foreign })
 }
@@ -99,12 +104,22 @@ fn take(
 
 /// What the duplicate itself says: the descriptor may have become another's between the look and the duplication.
 fn examine(socket: OwnedFd, inode: u64) -> io::Result<Option<Listener>> {
-    if rustix::fs::fstat(&socket)?.st_ino != inode || !sockopt::socket_acceptconn(&socket)? {
+    if rustix::fs::fstat(&socket)?.st_ino != inode {
         return Ok(None);
     }
+    let protocol = match sockopt::socket_type(&socket)? {
+        SocketType::STREAM if sockopt::socket_acceptconn(&socket)? => Protocol::Tcp,
+        SocketType::DGRAM if getpeername(&socket).is_err() => Protocol::Udp,
+        _ => return Ok(None),
+    };
     let Ok(address) = SocketAddr::try_from(getsockname(&socket)?) else { return Ok(None) };
     let only_v6 = address.is_ipv6() && sockopt::ipv6_v6only(&socket)?;
-    Ok(family(address.ip(), only_v6).map(|family| Listener { port: address.port(), family, socket }))
+    Ok(family(address.ip(), only_v6).map(|family| Listener {
+        protocol,
+        port: address.port(),
+        family,
+        socket,
+    }))
 }
 
 /// What a listener on this address accepts on loopback; `None` when redirection cannot reach it.
@@ -151,11 +166,18 @@ mod tests {
         let inode = rustix::fs::fstat(&listener).expect("open").st_ino;
         let duplicate = || OwnedFd::from(listener.try_clone().expect("descriptor"));
         let found = examine(duplicate(), inode).expect("a socket").expect("a listener");
-        assert_eq!((found.port, found.family), (port, Family::V4));
+        assert_eq!((found.port, found.protocol, found.family), (port, Protocol::Tcp, Family::V4));
         assert!(examine(duplicate(), inode + 1).expect("a socket").is_none(), "another inode");
         let connected =
             std::net::TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
         let inode = rustix::fs::fstat(&connected).expect("open").st_ino;
         assert!(examine(connected.into(), inode).expect("a socket").is_none(), "not listening");
+        let datagrams = std::net::UdpSocket::bind("[::]:0").expect("any");
+        let inode = rustix::fs::fstat(&datagrams).expect("open").st_ino;
+        let duplicate = || OwnedFd::from(datagrams.try_clone().expect("descriptor"));
+        let found = examine(duplicate(), inode).expect("a socket").expect("without a peer");
+        assert_eq!((found.protocol, found.family), (Protocol::Udp, Family::Dual));
+        datagrams.connect("[::1]:9").expect("loopback");
+        assert!(examine(duplicate(), inode).expect("a socket").is_none(), "it has a peer");
     }
 }

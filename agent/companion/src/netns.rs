@@ -9,6 +9,7 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, setns};
+use pillion_workload::Protocol;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with, sockopt,
 };
@@ -80,11 +81,11 @@ impl NetnsThread {
 /// The TCP ports on which anything listens in a network namespace, on any address.
 pub async fn listening_ports(namespace: BorrowedFd<'_>) -> Result<BTreeSet<u16>, NetnsError> {
     let thread = NetnsThread::enter(namespace).await?;
-    let sockets = thread.run("list listening sockets", listening_sockets).await?;
+    let sockets = thread.run("list listening sockets", || listening_sockets(Protocol::Tcp)).await?;
     Ok(sockets.into_iter().map(|socket| socket.port).collect())
 }
 
-/// A listening TCP socket, as `sock_diag(7)` shows it.
+/// A listening TCP socket or a UDP socket without a peer, as `sock_diag(7)` shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ListeningSocket {
     pub(crate) address: IpAddr,
@@ -103,13 +104,18 @@ pub(crate) const NLM_F_DUMP: u16 = 0x300;
 /// Ask `sock_diag(7)` for sockets of one family.
 pub(crate) const SOCK_DIAG_BY_FAMILY: u16 = 20;
 
-/// All listening TCP sockets of the calling thread's network namespace. Unlike `/proc/net/tcp` this does not walk the
-/// table of established connections, which takes milliseconds on a large machine.
-pub(crate) fn listening_sockets() -> io::Result<Vec<ListeningSocket>> {
+/// All listening TCP sockets, or all UDP sockets without a peer, of the calling thread's network namespace. Unlike
+/// `/proc/net/tcp` this does not walk the table of established connections, which takes milliseconds on a large machine.
+pub(crate) fn listening_sockets(protocol: Protocol) -> io::Result<Vec<ListeningSocket>> {
+    const TCP_CLOSE: u32 = 7;
     const TCP_LISTEN: u32 = 10;
+    let state = match protocol {
+        Protocol::Tcp => TCP_LISTEN,
+        Protocol::Udp => TCP_CLOSE,
+    };
     let socket = sock_diag()?;
     let mut found = Vec::new();
-    for_each_tcp_socket(&socket, 1 << TCP_LISTEN, |message| found.extend(parse_listening(message)))?;
+    for_each_socket(&socket, protocol, 1 << state, |message| found.extend(parse_listening(message)))?;
     Ok(found)
 }
 
@@ -118,10 +124,11 @@ pub(crate) fn sock_diag() -> io::Result<OwnedFd> {
     netlink_socket(Some(netlink::SOCK_DIAG))
 }
 
-/// Hands every TCP socket in one of `states` (bits by state number), IPv4 and IPv6, to `each` as a
+/// Hands every socket of a protocol in one of `states` (bits by state number), IPv4 and IPv6, to `each` as a
 /// `struct inet_diag_msg` with its attributes.
-pub(crate) fn for_each_tcp_socket(
+pub(crate) fn for_each_socket(
     socket: &OwnedFd,
+    protocol: Protocol,
     states: u32,
     mut each: impl FnMut(&[u8]),
 ) -> io::Result<()> {
@@ -131,7 +138,7 @@ pub(crate) fn for_each_tcp_socket(
             socket,
             SOCK_DIAG_BY_FAMILY,
             NLM_F_DUMP,
-            &diag_request(family, states, &[0; 48]),
+            &diag_request(family, protocol, states, &[0; 48]),
             &mut each,
         )?;
     }
@@ -139,10 +146,14 @@ pub(crate) fn for_each_tcp_socket(
 }
 
 /// `struct inet_diag_req_v2`: family, protocol, extensions, padding, states, then which socket: `struct inet_diag_sockid`.
-pub(crate) fn diag_request(family: AddressFamily, states: u32, which: &[u8; 48]) -> Vec<u8> {
-    const IPPROTO_TCP: u8 = 6;
-    let mut request =
-        vec![u8::try_from(family.as_raw()).expect("AF_INET and AF_INET6 are small"), IPPROTO_TCP, 0, 0];
+pub(crate) fn diag_request(
+    family: AddressFamily,
+    protocol: Protocol,
+    states: u32,
+    which: &[u8; 48],
+) -> Vec<u8> {
+    let family = u8::try_from(family.as_raw()).expect("AF_INET and AF_INET6 are small");
+    let mut request = vec![family, protocol.number(), 0, 0];
     request.extend(states.to_ne_bytes());
     request.extend(which);
     request
@@ -245,7 +256,12 @@ mod tests {
             let inode =
                 std::fs::metadata(format!("/proc/self/fd/{}", listener.as_raw_fd())).expect("open").st_ino();
             let want = ListeningSocket { address: local.ip(), port: local.port(), inode };
-            assert!(listening_sockets().expect("sock_diag").contains(&want), "{want:?}");
+            assert!(listening_sockets(Protocol::Tcp).expect("sock_diag").contains(&want), "{want:?}");
+            let datagrams = std::net::UdpSocket::bind(local).expect("loopback");
+            let inode =
+                std::fs::metadata(format!("/proc/self/fd/{}", datagrams.as_raw_fd())).expect("open").st_ino();
+            let want = ListeningSocket { inode, ..want };
+            assert!(listening_sockets(Protocol::Udp).expect("sock_diag").contains(&want), "{want:?}");
         }
     }
 

@@ -65,7 +65,7 @@ impl Candidate<'_> {
     async fn ended_early(&self, status: Ending, oom_kills: Option<u64>) -> CompanionError {
         match self.look(Instant::now() + LONGEST_DELAY).await {
             Ok(Look { foreign, .. }) if !foreign.is_empty() => {
-                CompanionError::PortTaken { port: foreign.first().copied().unwrap_or_default() }
+                CompanionError::PortTaken { port: foreign.first().map_or(0, |(port, _)| *port) }
             }
             Ok(_) | Err(_) => CompanionError::EndedEarly { status, oom: self.cgroup.oom_kills() > oom_kills },
         }
@@ -97,11 +97,14 @@ impl Candidate<'_> {
                         let again = self.look(deadline).await?;
                         return Ok(self.token(if again.missing.is_empty() { again } else { look }));
                     }
-                    (_, Some(port)) if foreign_looks >= FOREIGN_LOOKS => {
+                    (_, Some((port, _))) if foreign_looks >= FOREIGN_LOOKS => {
                         return Err(CompanionError::PortTaken { port: *port });
                     }
                     (Some(_), _) => {
-                        let ports: Vec<_> = look.missing.iter().map(u16::to_string).collect();
+                        let missing = look.missing.iter();
+                        let ports: Vec<_> = missing
+                            .map(|(port, protocol)| format!("{port} ({})", protocol.as_str()))
+                            .collect();
                         format!(
                             "it does not listen for IPv4 on port {} of loopback or of all addresses",
                             ports.join(", ")

@@ -355,8 +355,10 @@ pub(crate) struct WorkloadDetail {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct PortsInUse {
-    /// Where outbound connections go.
-    pub(crate) outbound: Option<u16>,
+    /// Where outbound connections go, rule by rule, each port once.
+    pub(crate) outbound: Vec<u16>,
+    /// Where questions to resolvers go.
+    pub(crate) dns: Option<u16>,
     /// Where inbound connections go: companion port by application port.
     pub(crate) inbound: BTreeMap<u16, u16>,
 }

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 /// Of the files' layout. A file with another one is moved aside.
 const VERSION: u32 = 1;
 /// A record of the largest plan is some ten KiB.
-const MAX_FILE_BYTES: u64 = 1 << 20;
+const MAX_FILE_BYTES: u64 = 16 << 20;
 /// More workloads than a node can run.
 const MAX_RECORDS: usize = 16_384;
 /// The list of workloads that are held detached.

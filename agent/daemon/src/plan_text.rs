@@ -3,8 +3,8 @@
 use std::{fmt::Write as _, time::Duration};
 
 use pillion_workload::{
-    CompanionKind, CompanionSpec, ExistingConnections, FailureMode, OutboundRule, Plan, Probe, Resources,
-    Target,
+    CompanionKind, CompanionSpec, ExistingConnections, FailureMode, Plan, PortSet, Probe, RedirectSpec,
+    Resources, Target,
 };
 
 use crate::render::{plain, span};
@@ -15,14 +15,12 @@ pub(crate) fn in_words(plan: &Plan) -> String {
     for companion in &plan.companions {
         let _ = write!(out, "{}", companion_in_words(companion));
     }
-    if let Some(outbound) = &plan.redirect.outbound {
-        let _ = writeln!(out, "{}", outbound_in_words(outbound));
-    }
+    outbound_in_words(&plan.redirect, &mut out);
     for rule in &plan.redirect.inbound {
-        let ports = ports(rule.ports.iter().copied());
+        let ports = ports(&rule.ports.iter().copied().collect());
         let _ = writeln!(out, "connections from outside to {ports} go to {}", target(&rule.to));
     }
-    if plan.redirect.outbound.is_none() && plan.redirect.inbound.is_empty() {
+    if !plan.redirect.redirects_outbound() && plan.redirect.inbound.is_empty() {
         out.push_str("no connection is redirected\n");
     }
     out.push_str(match plan.on_failure {
@@ -75,13 +73,47 @@ fn companion_in_words(companion: &CompanionSpec) -> String {
     out
 }
 
-fn outbound_in_words(rule: &OutboundRule) -> String {
-    let mut except = vec!["loopback".to_owned()];
-    if !rule.exclude.ports.is_empty() {
-        except.push(ports(rule.exclude.ports.iter().copied()));
+/// Exclusions first, as they are applied, then the rules in order.
+fn outbound_in_words(redirect: &RedirectSpec, out: &mut String) {
+    let exclude = &redirect.exclude;
+    let mut except: Vec<String> = exclude.destinations.cidrs.iter().map(ToString::to_string).collect();
+    if !exclude.destinations.ports.is_empty() {
+        except.push(ports(&exclude.destinations.ports));
     }
-    except.extend(rule.exclude.cidrs.iter().map(ToString::to_string));
-    format!("connections that it makes go to {}, except to {}", target(&rule.to), except.join(", "))
+    if !except.is_empty() {
+        let _ = writeln!(out, "what it sends to {} is left alone", except.join(", "));
+    }
+    for user in &exclude.users {
+        let _ = writeln!(out, "what user {user} sends is left alone");
+    }
+    for path in &exclude.executables {
+        let _ = writeln!(out, "what {} sends is left alone", plain(&path.display().to_string()));
+    }
+    if let Some(to) = &redirect.dns {
+        let _ = writeln!(out, "questions to resolvers (port 53, udp and tcp) go to {}", target(to));
+    }
+    for (index, rule) in redirect.outbound.iter().enumerate() {
+        let protocols: Vec<&str> = rule.protocols.iter().map(|protocol| protocol.as_str()).collect();
+        let mut where_to: Vec<String> = rule.cidrs.iter().map(ToString::to_string).collect();
+        if !rule.ports.is_empty() {
+            where_to.push(ports(&rule.ports));
+        }
+        let where_to =
+            if where_to.is_empty() { String::new() } else { format!(" to {}", where_to.join(", ")) };
+        let mut except = vec!["loopback".to_owned()];
+        if !rule.exclude.ports.is_empty() {
+            except.push(ports(&rule.exclude.ports));
+        }
+        except.extend(rule.exclude.cidrs.iter().map(ToString::to_string));
+        let _ = writeln!(
+            out,
+            "rule {}: {} that it sends{where_to} goes to {}, except to {}",
+            index + 1,
+            protocols.join(" and "),
+            target(&rule.to),
+            except.join(", ")
+        );
+    }
 }
 
 fn target(target: &Target) -> String {
@@ -91,10 +123,9 @@ fn target(target: &Target) -> String {
     }
 }
 
-fn ports(ports: impl ExactSizeIterator<Item = u16>) -> String {
-    let noun = if ports.len() == 1 { "port" } else { "ports" };
-    let list: Vec<String> = ports.map(|port| port.to_string()).collect();
-    format!("{noun} {}", list.join(", "))
+fn ports(ports: &PortSet) -> String {
+    let one = ports.ranges().len() == 1 && ports.ranges().all(|range| range.start() == range.end());
+    format!("{} {ports}", if one { "port" } else { "ports" })
 }
 
 fn limits(resources: &Resources) -> Option<String> {
@@ -135,7 +166,9 @@ fn quoted(word: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pillion_workload::{Exclusions, ExecSpec, InboundRule, Readiness, RedirectSpec, UserSpec};
+    use pillion_workload::{
+        Exclusions, ExecSpec, Exemptions, InboundRule, OutboundRule, Protocol, Readiness, UserSpec,
+    };
 
     use super::*;
 
@@ -163,13 +196,30 @@ mod tests {
         let plan = Plan {
             policy: "payments".parse().unwrap(),
             redirect: RedirectSpec {
-                outbound: Some(OutboundRule {
-                    to: to(Some(15001)),
-                    exclude: Exclusions {
-                        ports: [22, 53].into(),
-                        cidrs: vec!["169.254.0.0/16".parse().unwrap()],
+                outbound: vec![
+                    OutboundRule {
+                        cidrs: vec!["10.0.0.0/8".parse().unwrap()],
+                        ports: PortSet::from_ranges([443..=443, 8000..=8999]),
+                        protocols: [Protocol::Tcp, Protocol::Udp].into(),
+                        ..OutboundRule::all_tcp(to(None))
                     },
-                }),
+                    OutboundRule {
+                        exclude: Exclusions {
+                            ports: [22, 53].into(),
+                            cidrs: vec!["169.254.0.0/16".parse().unwrap()],
+                        },
+                        ..OutboundRule::all_tcp(to(Some(15001)))
+                    },
+                ],
+                exclude: Exemptions {
+                    destinations: Exclusions {
+                        ports: [9100].into(),
+                        cidrs: vec!["192.0.2.0/24".parse().unwrap()],
+                    },
+                    users: [1337].into(),
+                    executables: ["/usr/bin/backup".into()].into(),
+                },
+                dns: Some(to(Some(15053))),
                 inbound: vec![InboundRule { ports: [8080].into(), to: to(None) }],
             },
             on_failure: FailureMode::Closed,
@@ -185,7 +235,12 @@ mod tests {
              \x20 ready when GET /ready on port 9901 answers 200-399, within 1s 500ms\n\
              \x20 limited to 256 MiB of memory, 500m of CPU, 64 tasks\n\
              \x20 10s between SIGTERM and SIGKILL\n\
-             connections that it makes go to envoy:15001, except to loopback, ports 22, 53, 169.254.0.0/16\n\
+             what it sends to 192.0.2.0/24, port 9100 is left alone\n\
+             what user 1337 sends is left alone\n\
+             what /usr/bin/backup sends is left alone\n\
+             questions to resolvers (port 53, udp and tcp) go to envoy:15053\n\
+             rule 1: tcp and udp that it sends to 10.0.0.0/8, ports 443, 8000-8999 goes to envoy (port allocated), except to loopback\n\
+             rule 2: tcp that it sends goes to envoy:15001, except to loopback, ports 22, 53, 169.254.0.0/16\n\
              connections from outside to port 8080 go to envoy (port allocated)\n\
              while a companion is not ready, new connections are refused (closed)\n\
              connections that are open when this comes into force are reset, if they would have gone to a companion\n"

@@ -14,7 +14,7 @@ use std::{
 use pillion_policy::{Faults, PolicySet, SourceFile};
 
 const MAX_FILES: usize = 512;
-const MAX_FILE_BYTES: u64 = 1 << 20;
+const MAX_FILE_BYTES: u64 = pillion_policy::MAX_FILE_BYTES as u64;
 
 /// Why policies cannot be taken into force. `Display` gives every fault, on several lines.
 #[derive(Debug, thiserror::Error)]

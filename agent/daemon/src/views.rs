@@ -243,9 +243,10 @@ impl WorkloadDetail {
             facts.push(("Attached", format!("{text}{took}").into()));
         }
         if let Some(ports) = &self.ports {
-            let outbound = ports.outbound.map(|port| format!("outbound to {port}"));
+            let outbound = ports.outbound.iter().map(|port| format!("outbound to {port}"));
+            let dns = ports.dns.map(|port| format!("dns to {port}"));
             let inbound = ports.inbound.iter().map(|(from, to)| format!("{from} to {to}"));
-            let text: Vec<String> = outbound.into_iter().chain(inbound).collect();
+            let text: Vec<String> = outbound.chain(dns).chain(inbound).collect();
             facts.push(("Ports", text.join(", ").into()));
         }
         facts

@@ -42,7 +42,7 @@ pub use crate::{
 };
 
 /// Bytes of one file.
-pub const MAX_FILE_BYTES: usize = 1 << 20;
+pub const MAX_FILE_BYTES: usize = 4 << 20;
 /// Policies in one file.
 pub const MAX_POLICIES_PER_FILE: usize = 1_000;
 /// Policies in all files.

@@ -36,6 +36,8 @@ const HOMES: &[(&str, &str)] = &[
     ("executables", "spec.select"),
     ("names", "spec.select"),
     ("outbound", "spec.redirect"),
+    ("dns", "spec.redirect"),
+    ("exclude", "spec.redirect"),
     ("inbound", "spec.redirect"),
     ("exec", "a companion"),
     ("builtin", "a companion"),
@@ -228,21 +230,26 @@ pub(crate) fn text(node: &Node, what: &str, report: &mut Report<'_>) -> Option<A
 
 /// A list with at least one item, and at most [`MAX_ITEMS`].
 pub(crate) fn list<'n>(node: &'n Node, what: &str, report: &mut Report<'_>) -> &'n [Node] {
+    long_list(node, what, MAX_ITEMS, report)
+}
+
+/// A list with at least one item, and at most `most`.
+pub(crate) fn long_list<'n>(node: &'n Node, what: &str, most: usize, report: &mut Report<'_>) -> &'n [Node] {
     match &node.value {
         Value::List(items) if items.is_empty() => {
             report.fault(&node.at, format!("{what} is an empty list"), "add an item, or remove the field");
             &[]
         }
         Value::List(items) => {
-            if let Some(surplus) = items.get(MAX_ITEMS) {
+            if let Some(surplus) = items.get(most) {
                 let message = format!("{what} has {} items", items.len());
                 report.fault(
                     &surplus.at,
                     message,
-                    format!("at most {MAX_ITEMS} are read; split it, or use patterns"),
+                    format!("at most {most} are read; split it, or use patterns"),
                 );
             }
-            &items[..items.len().min(MAX_ITEMS)]
+            &items[..items.len().min(most)]
         }
         Value::Null | Value::Bool(_) | Value::Int(_) | Value::Float(_) | Value::Text(_) | Value::Map(_) => {
             let cure = match &node.value {

@@ -9,8 +9,8 @@ use crate::{
 };
 
 /// All variables, with the same meaning in commands and in template files.
-pub const VARIABLES: [&str; 7] =
-    ["outboundPort", "inboundPort", "workload", "name", "namespace", "companion", "dir"];
+pub const VARIABLES: [&str; 8] =
+    ["outboundPort", "inboundPort", "dnsPort", "workload", "name", "namespace", "companion", "dir"];
 
 /// The variables that `text` uses; what is wrong with it is reported.
 pub(crate) fn variables(text: &At<String>, report: &mut Report<'_>) -> Vec<&'static str> {

@@ -23,7 +23,7 @@ use crate::{
 /// Collections within collections; a policy needs 7.
 pub(crate) const MAX_DEPTH: usize = 32;
 /// Keys, values and collections of one document, with aliases replaced by what they stand for.
-pub(crate) const MAX_NODES: usize = 20_000;
+pub(crate) const MAX_NODES: usize = 400_000;
 
 /// A value and its place.
 #[derive(Debug, Clone, PartialEq)]
@@ -329,7 +329,7 @@ mod tests {
             ("a:\n".to_owned() + &(1..60).map(|n| " ".repeat(n) + "a:\n").collect::<String>(), "deep"),
             (laughs, "alias"),
             ("a: &a [*a]".to_owned(), "itself"),
-            ("- x\n".repeat(30_000), "large"),
+            ("- x\n".repeat(MAX_NODES + 1), "large"),
         ] {
             let faults = tree(&text).expect_err("a bomb");
             let message = &faults.faults[0].message;

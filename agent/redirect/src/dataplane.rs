@@ -17,19 +17,23 @@ use aya::{
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash, lpm_trie::Key},
     programs::ProgramFd,
 };
+use ipnet::IpNet;
 use pillion_common::{
-    BySource, BySourceKey, CompanionConfig, Counter, ExcludedPort, InboundRule, LAYOUT_VERSION, ListenerKey,
-    Network4, Network6, PortKey, Redirected, SLOTS, Slot, WorkloadConfig, tag,
+    BySource, BySourceKey, CompanionConfig, Counter, ExecutableKey, InboundRule, LAYOUT_VERSION, ListenerKey,
+    Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route, RouteKey, SLOTS, Slot, UserKey,
+    WorkloadConfig, tag,
 };
 use pillion_workload::CgroupId;
 
 use crate::{
     Bpffs, Counters, RedirectError,
+    btf::Offsets,
     links::remove_if_there,
     object::{self, COMPANION_PROGRAMS, Constants, MAPS, WORKLOAD_PROGRAMS},
-    rules::Network,
+    rules::{Rules, words4, words6},
     steer::{Steer, SteerPool},
     sys,
+    tables::Ports,
 };
 
 /// How a data plane is loaded.
@@ -41,12 +45,19 @@ pub struct LoadOptions {
     pub slots: u32,
     /// How long one may wait before its slot can be given to another connection. Longer than any companion stalls.
     pub slot_expiry: Duration,
+    /// Whether policies may exclude programs: their paths are read from kernel structures, whose form is looked up then.
+    pub executables: bool,
 }
 
 impl LoadOptions {
     /// The usual limits: 65,536 slots, 15 minutes.
     pub fn new(pin_root: impl Into<PathBuf>) -> Self {
-        Self { pin_root: pin_root.into(), slots: SLOTS, slot_expiry: Duration::from_secs(900) }
+        Self {
+            pin_root: pin_root.into(),
+            slots: SLOTS,
+            slot_expiry: Duration::from_secs(900),
+            executables: true,
+        }
     }
 }
 
@@ -57,6 +68,8 @@ pub struct Dataplane {
     maps: Mutex<Maps>,
     next_number: AtomicU32,
     steers: SteerPool,
+    /// The programs can read which program a process executes.
+    pub(crate) tells_executables: bool,
     bpffs: Bpffs,
 }
 
@@ -67,9 +80,12 @@ pub(crate) struct Maps {
     fresh: Array<MapData, u64>,
     by_source: HashMap<MapData, BySourceKey, BySource>,
     redirected: HashMap<MapData, u64, Redirected>,
-    ports: HashMap<MapData, PortKey, ExcludedPort>,
+    peer_of: HashMap<MapData, PeerKey, PeerSlot>,
     networks4: LpmTrie<MapData, Network4, u32>,
     networks6: LpmTrie<MapData, Network6, u32>,
+    routes: LpmTrie<MapData, RouteKey, Route>,
+    users: HashMap<MapData, UserKey, u32>,
+    executables: HashMap<MapData, ExecutableKey, u32>,
     listeners: SockHash<MapData, ListenerKey>,
     inbound: HashMap<MapData, PortKey, InboundRule>,
     counters: PerCpuArray<MapData, u64>,
@@ -98,7 +114,19 @@ impl Dataplane {
             steer_workload: 0,
         };
         let pins = directory.join("maps");
-        let mut object = object::open(Some(&pins), &constants)?;
+        let offsets =
+            if options.executables { Some(Offsets::of_this_kernel(&object::MEMBERS)) } else { None };
+        let offsets = match offsets.transpose() {
+            Ok(offsets) => offsets,
+            Err(error) => {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "policies that exclude programs cannot be put in force"
+                );
+                None
+            }
+        };
+        let mut object = object::open(Some(&pins), &constants, offsets.as_ref())?;
         let mut programs = BTreeMap::new();
         for program in WORKLOAD_PROGRAMS.iter().chain(&COMPANION_PROGRAMS) {
             programs.insert(program.name, object::load_program(&mut object, program.name)?);
@@ -109,6 +137,7 @@ impl Dataplane {
             maps: Mutex::new(Maps::take(&mut object)?),
             next_number,
             steers: SteerPool::new(pins, constants),
+            tells_executables: offsets.is_some(),
             directory,
             bpffs,
         }))
@@ -220,9 +249,12 @@ impl Maps {
             fresh: typed(object, "PL_FRESH")?,
             by_source: typed(object, "PL_BY_SOURCE")?,
             redirected: typed(object, "PL_REDIRECTED")?,
-            ports: typed(object, "PL_PORTS")?,
+            peer_of: typed(object, "PL_PEER_OF")?,
             networks4: typed(object, "PL_NETS4")?,
             networks6: typed(object, "PL_NETS6")?,
+            routes: typed(object, "PL_ROUTES")?,
+            users: typed(object, "PL_USERS")?,
+            executables: typed(object, "PL_EXECUTABLES")?,
             listeners: typed(object, "PL_LISTENERS")?,
             inbound: typed(object, "PL_INBOUND")?,
             counters: typed(object, "PL_COUNTERS")?,
@@ -285,26 +317,18 @@ impl Maps {
         for source in sources {
             absent_is_fine(self.by_source.remove(&source), "PL_BY_SOURCE")?;
         }
+        let peers: Vec<PeerKey> =
+            self.peer_of.keys().flatten().filter(|key| key.workload == workload).collect();
+        for peer in peers {
+            absent_is_fine(self.peer_of.remove(&peer), "PL_PEER_OF")?;
+        }
         Ok(())
     }
 
     /// Forgets every workload but these.
     pub(crate) fn keep_only(&mut self, known: &BTreeSet<u32>) -> Result<(), RedirectError> {
         let strange = |workload: u32| !known.contains(&workload);
-        let ports: Vec<_> = self.ports.keys().flatten().filter(|key| strange(key.workload)).collect();
-        for key in ports {
-            self.include_port(key)?;
-        }
-        let networks: Vec<_> =
-            self.networks4.keys().flatten().filter(|key| strange(key.data().workload)).collect();
-        for key in networks {
-            absent_is_fine(self.networks4.remove(&key), "PL_NETS4")?;
-        }
-        let networks: Vec<_> =
-            self.networks6.keys().flatten().filter(|key| strange(key.data().workload)).collect();
-        for key in networks {
-            absent_is_fine(self.networks6.remove(&key), "PL_NETS6")?;
-        }
+        self.remove_tables(|table| strange(table / 2))?;
         let ports: Vec<_> = self.inbound.keys().flatten().filter(|key| strange(key.workload)).collect();
         for key in ports {
             self.leave_port(key)?;
@@ -316,42 +340,84 @@ impl Maps {
         let redirected = self.redirected.iter().flatten().map(|(_, connection)| connection.workload);
         // A companion keeps answers longer than the application its socket.
         let kept = self.by_source.iter().flatten().map(|(_, answer)| answer.workload);
-        let gone: BTreeSet<u32> = redirected.chain(kept).filter(|workload| strange(*workload)).collect();
+        let peers = self.peer_of.keys().flatten().map(|key| key.workload);
+        let gone: BTreeSet<u32> =
+            redirected.chain(kept).chain(peers).filter(|workload| strange(*workload)).collect();
         gone.into_iter().try_for_each(|workload| self.forget_connections(workload))
     }
 
-    pub(crate) fn exclude_port(&mut self, key: PortKey) -> Result<(), RedirectError> {
-        self.ports.insert(key, 1, 0).map_err(RedirectError::map("PL_PORTS"))
-    }
-
-    pub(crate) fn include_port(&mut self, key: PortKey) -> Result<(), RedirectError> {
-        absent_is_fine(self.ports.remove(&key), "PL_PORTS")
-    }
-
-    pub(crate) fn exclude_network(&mut self, workload: u32, network: Network) -> Result<(), RedirectError> {
-        match network {
-            Network::V4 { address, length } => self
-                .networks4
-                .insert(&Key::new(32 + length, Network4 { workload, address }), 1, 0)
-                .map_err(RedirectError::map("PL_NETS4")),
-            Network::V6 { address, length } => self
-                .networks6
-                .insert(&Key::new(32 + length, Network6 { workload, address }), 1, 0)
-                .map_err(RedirectError::map("PL_NETS6")),
+    /// Writes the entries of a table that nobody looks at yet, or again those that it has.
+    pub(crate) fn write_table(&mut self, rules: &Rules) -> Result<(), RedirectError> {
+        let table = rules.config.table;
+        for (network, class) in &rules.tables.networks {
+            match network_key(table, network) {
+                NetworkKey::V4(key) => {
+                    self.networks4.insert(&key, class, 0).map_err(RedirectError::map("PL_NETS4"))
+                }
+                NetworkKey::V6(key) => {
+                    self.networks6.insert(&key, class, 0).map_err(RedirectError::map("PL_NETS6"))
+                }
+            }?;
         }
+        for (ports, route) in &rules.tables.routes {
+            self.routes
+                .insert(&route_key(table, ports), route, 0)
+                .map_err(RedirectError::map("PL_ROUTES"))?;
+        }
+        for user in &rules.users {
+            let key = UserKey { table, user: *user };
+            self.users.insert(key, 1, 0).map_err(RedirectError::map("PL_USERS"))?;
+        }
+        for (name, next) in &rules.executables {
+            self.executables.insert(name, next, 0).map_err(RedirectError::map("PL_EXECUTABLES"))?;
+        }
+        Ok(())
     }
 
-    pub(crate) fn include_network(&mut self, workload: u32, network: Network) -> Result<(), RedirectError> {
-        match network {
-            Network::V4 { address, length } => absent_is_fine(
-                self.networks4.remove(&Key::new(32 + length, Network4 { workload, address })),
-                "PL_NETS4",
-            ),
-            Network::V6 { address, length } => absent_is_fine(
-                self.networks6.remove(&Key::new(32 + length, Network6 { workload, address })),
-                "PL_NETS6",
-            ),
+    /// Removes the entries of a table that nobody looks at any more.
+    pub(crate) fn remove_table(&mut self, rules: &Rules) -> Result<(), RedirectError> {
+        let table = rules.config.table;
+        for network in rules.tables.networks.keys() {
+            match network_key(table, network) {
+                NetworkKey::V4(key) => absent_is_fine(self.networks4.remove(&key), "PL_NETS4"),
+                NetworkKey::V6(key) => absent_is_fine(self.networks6.remove(&key), "PL_NETS6"),
+            }?;
         }
+        for ports in rules.tables.routes.keys() {
+            absent_is_fine(self.routes.remove(&route_key(table, ports)), "PL_ROUTES")?;
+        }
+        for user in &rules.users {
+            absent_is_fine(self.users.remove(&UserKey { table, user: *user }), "PL_USERS")?;
+        }
+        for name in rules.executables.keys() {
+            absent_is_fine(self.executables.remove(name), "PL_EXECUTABLES")?;
+        }
+        Ok(())
+    }
+
+    /// Removes all entries of some tables. Looks at every entry of the maps: for an agent's start.
+    pub(crate) fn remove_tables(&mut self, of: impl Fn(u32) -> bool) -> Result<(), RedirectError> {
+        let networks: Vec<_> = self.networks4.keys().flatten().filter(|key| of(key.data().table)).collect();
+        for key in networks {
+            absent_is_fine(self.networks4.remove(&key), "PL_NETS4")?;
+        }
+        let networks: Vec<_> = self.networks6.keys().flatten().filter(|key| of(key.data().table)).collect();
+        for key in networks {
+            absent_is_fine(self.networks6.remove(&key), "PL_NETS6")?;
+        }
+        let routes: Vec<_> = self.routes.keys().flatten().filter(|key| of(key.data().table)).collect();
+        for key in routes {
+            absent_is_fine(self.routes.remove(&key), "PL_ROUTES")?;
+        }
+        let users: Vec<_> = self.users.keys().flatten().filter(|key| of(key.table)).collect();
+        for key in users {
+            absent_is_fine(self.users.remove(&key), "PL_USERS")?;
+        }
+        let executables: Vec<_> = self.executables.keys().flatten().filter(|key| of(key.table)).collect();
+        for key in executables {
+            absent_is_fine(self.executables.remove(&key), "PL_EXECUTABLES")?;
+        }
+        Ok(())
     }
 
     pub(crate) fn steer_port(&mut self, key: PortKey, rule: InboundRule) -> Result<(), RedirectError> {
@@ -369,6 +435,29 @@ impl Maps {
     pub(crate) fn remove_listener(&mut self, key: ListenerKey) -> Result<(), RedirectError> {
         absent_is_fine(self.listeners.remove(&key), "PL_LISTENERS")
     }
+}
+
+enum NetworkKey {
+    V4(Key<Network4>),
+    V6(Key<Network6>),
+}
+
+fn network_key(table: u32, network: &IpNet) -> NetworkKey {
+    let bits = u32::BITS + u32::from(network.prefix_len());
+    match network {
+        IpNet::V4(net) => NetworkKey::V4(Key::new(bits, Network4 { table, address: words4(net.addr()) })),
+        IpNet::V6(net) => NetworkKey::V6(Key::new(bits, Network6 { table, address: words6(net.addr()) })),
+    }
+}
+
+fn route_key(table: u32, ports: &Ports) -> Key<RouteKey> {
+    let key = RouteKey {
+        table,
+        class: ports.class,
+        protocol: ports.protocol.number().into(),
+        port_be: ports.port.to_be(),
+    };
+    Key::new(RouteKey::FIXED_BITS + ports.length, key)
 }
 
 fn write_storage<V: aya::Pod>(

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use pillion_workload::CompanionName;
+use pillion_workload::{CompanionName, Protocol};
 
 /// A failure of redirection.
 #[derive(Debug, thiserror::Error)]
@@ -71,13 +71,26 @@ pub enum RedirectError {
     /// A redirect target has no port yet.
     #[error("the redirect to companion {0} has no port; ports are settled before attaching")]
     NoPort(CompanionName),
+    /// The rules of a policy make too many entries for one workload.
+    #[error(
+        "the outbound rules make more than {most} entries, as rules by network with different ports do: give fewer, or the same ports to all"
+    )]
+    TooManyRules {
+        /// How many are possible.
+        most: usize,
+    },
+    /// A program's path cannot be compared by the kernel side.
+    #[error("the path {} is too long to be excluded", .0.display())]
+    PathTooLong(PathBuf),
     /// A companion does not listen where the policy sends connections.
-    #[error("companion {companion} does not listen on port {port}")]
+    #[error("companion {companion} does not listen on port {port} ({})", protocol.as_str())]
     NotListening {
         /// Which companion.
         companion: CompanionName,
         /// On which port.
         port: u16,
+        /// For which protocol.
+        protocol: Protocol,
     },
     /// A companion listens on more ports than the kernel side knows.
     #[error(

@@ -1,7 +1,7 @@
 //! What is in force for one workload: links and map entries, with one owner.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, BorrowedFd},
@@ -10,14 +10,16 @@ use std::{
 
 use aya_obj::generated::bpf_attach_type::BPF_SK_LOOKUP;
 use pillion_common::{AF_INET, AF_INET6, CompanionConfig, ListenerKey, PORTS_PER_COMPANION, WorkloadConfig};
-use pillion_workload::{Cgroup, CgroupId, CompanionName, FailureMode, Family, ReadyCompanion, RedirectSpec};
+use pillion_workload::{
+    Cgroup, CgroupId, CompanionName, FailureMode, Family, Protocol, ReadyCompanion, RedirectSpec,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Dataplane, RedirectError,
     links::{Link, directory_name, open_directory, remove_if_there},
-    object::{COMPANION_PROGRAMS, STEER_PROGRAM, WORKLOAD_PROGRAMS},
-    rules::Rules,
+    object::{COMPANION_PROGRAMS, CgroupProgram, STEER_PROGRAM, WORKLOAD_PROGRAMS},
+    rules::{Rules, first_table},
     steer::Steer,
 };
 
@@ -60,6 +62,8 @@ pub struct AttachRequest<'a> {
 pub struct RedirectRecord {
     /// Number of the workload in the maps.
     pub number: u32,
+    /// Which of its two tables is in force: 0 or 1.
+    pub table: u32,
     /// The workload's cgroup.
     pub cgroup: Cgroup,
     /// What is in force.
@@ -82,7 +86,9 @@ pub struct RedirectGuard {
     on_failure: FailureMode,
     sources: Sources,
     rules: Rules,
-    outbound: Vec<Link>,
+    /// The other table may have entries: of an update in which an earlier agent was killed.
+    other_table: bool,
+    outbound: Vec<(&'static str, Link)>,
     inbound: Option<Link>,
     companions: BTreeMap<CompanionName, (CgroupId, Vec<Link>)>,
     done: bool,
@@ -99,7 +105,8 @@ impl Dataplane {
             spec: request.spec.clone(),
             on_failure: request.on_failure,
             sources: request.sources,
-            rules: Rules::new(number, request.spec, request.on_failure, &request.sources)?,
+            rules: Rules::new(first_table(number), request.spec, request.on_failure, &request.sources)?,
+            other_table: false,
             outbound: Vec::new(),
             inbound: None,
             companions: BTreeMap::new(),
@@ -124,18 +131,19 @@ impl Dataplane {
         let mut guard = self.restore(record)?;
         guard.create_directory("")?;
         guard.write_entries(&guard.rules)?;
+        let wanted = guard.workload_programs().count();
         for program in &WORKLOAD_PROGRAMS {
             if let Ok(link) = Link::adopt(&guard.pin(program.name)) {
-                if link.has_cgroup() {
+                if link.has_cgroup() && guard.wants(program) {
                     link.run(self.program(program.name)?)?;
-                    guard.outbound.push(link);
+                    guard.outbound.push((program.name, link));
                 } else {
                     link.detach()?;
                 }
             }
         }
-        if guard.outbound.len() < WORKLOAD_PROGRAMS.len() {
-            for link in guard.outbound.drain(..) {
+        if guard.outbound.len() < wanted {
+            for (_, link) in guard.outbound.drain(..) {
                 link.detach()?;
             }
         }
@@ -152,14 +160,16 @@ impl Dataplane {
             let mut links = Vec::new();
             for program in &COMPANION_PROGRAMS {
                 let pin = guard.companion_pin(name, program.name);
-                if let Ok(link) = Link::adopt(&pin)
-                    && link.has_cgroup()
-                {
-                    link.run(self.program(program.name)?)?;
-                    links.push(link);
+                if let Ok(link) = Link::adopt(&pin) {
+                    if link.has_cgroup() && guard.wants(program) {
+                        link.run(self.program(program.name)?)?;
+                        links.push(link);
+                    } else {
+                        link.detach()?;
+                    }
                 }
             }
-            if links.len() == COMPANION_PROGRAMS.len() {
+            if links.len() == guard.companion_programs().count() {
                 guard.companions.insert(name.clone(), (*cgroup, links));
             }
         }
@@ -170,7 +180,8 @@ impl Dataplane {
     pub fn discard(self: &Arc<Self>, record: &RedirectRecord) -> Result<(), RedirectError> {
         let mut guard = self.restore(record)?;
         for program in &WORKLOAD_PROGRAMS {
-            guard.outbound.extend(Link::adopt(&guard.pin(program.name)));
+            let link = Link::adopt(&guard.pin(program.name));
+            guard.outbound.extend(link.map(|link| (program.name, link)));
         }
         guard.inbound = Link::adopt(&guard.pin(STEER_PROGRAM)).ok();
         for (name, cgroup) in &record.companions {
@@ -190,7 +201,13 @@ impl Dataplane {
             spec: record.spec.clone(),
             on_failure: record.on_failure,
             sources: record.sources,
-            rules: Rules::new(record.number, &record.spec, record.on_failure, &record.sources)?,
+            rules: Rules::new(
+                first_table(record.number) | (record.table & 1),
+                &record.spec,
+                record.on_failure,
+                &record.sources,
+            )?,
+            other_table: true,
             outbound: Vec::new(),
             inbound: None,
             companions: BTreeMap::new(),
@@ -205,6 +222,7 @@ impl RedirectGuard {
     pub fn record(&self) -> RedirectRecord {
         RedirectRecord {
             number: self.rules.config.workload,
+            table: self.rules.config.table & 1,
             cgroup: self.cgroup.clone(),
             spec: self.spec.clone(),
             on_failure: self.on_failure,
@@ -221,22 +239,24 @@ impl RedirectGuard {
     pub fn companion_ready(&mut self, ready: ReadyCompanion) -> Result<(), RedirectError> {
         let name = ready.name().clone();
         let Some(ports) = self.rules.companion_ports.get(&name).cloned() else { return Ok(()) };
-        if ports.len() > PORTS_PER_COMPANION {
-            return Err(RedirectError::TooManyPorts { companion: name, count: ports.len() });
+        let numbers: BTreeSet<u16> = ports.iter().map(|(port, _)| *port).collect();
+        if numbers.len() > PORTS_PER_COMPANION {
+            return Err(RedirectError::TooManyPorts { companion: name, count: numbers.len() });
         }
         self.attach_companion(&name, ready.cgroup())?;
         let mut config = CompanionConfig::default();
-        for (place, port) in config.ports.iter_mut().zip(&ports) {
+        for (place, port) in config.ports.iter_mut().zip(&numbers) {
             *place = *port;
         }
         let workload = self.rules.config.workload;
         let mut maps = self.dataplane.maps();
         maps.configure_companion(ready.cgroup().id, &config)?;
-        for port in ports {
+        for (port, protocol) in ports {
             let mut listens = false;
-            for (family, number) in [(Family::V4, AF_INET), (Family::V6, AF_INET6)] {
-                let key = ListenerKey { workload, port, family: number };
-                match ready.listener(port, family) {
+            for (family, key) in
+                [Family::V4, Family::V6].into_iter().zip(listener_keys(workload, port, protocol))
+            {
+                match ready.listener(port, protocol, family) {
                     Some(listener) => {
                         maps.add_listener(key, &listener.socket)?;
                         listens = true;
@@ -245,7 +265,7 @@ impl RedirectGuard {
                 }
             }
             if !listens {
-                return Err(RedirectError::NotListening { companion: name, port });
+                return Err(RedirectError::NotListening { companion: name, port, protocol });
             }
         }
         Ok(())
@@ -257,9 +277,9 @@ impl RedirectGuard {
         let Some(ports) = self.rules.companion_ports.get(name) else { return Ok(()) };
         let workload = self.rules.config.workload;
         let mut maps = self.dataplane.maps();
-        for port in ports {
-            for family in [AF_INET, AF_INET6] {
-                maps.remove_listener(ListenerKey { workload, port: *port, family })?;
+        for (port, protocol) in ports {
+            for key in listener_keys(workload, *port, *protocol) {
+                maps.remove_listener(key)?;
             }
         }
         Ok(())
@@ -275,32 +295,35 @@ impl RedirectGuard {
         sources: Sources,
     ) -> Result<(), RedirectError> {
         let number = self.rules.config.workload;
-        let old = std::mem::replace(&mut self.rules, Rules::new(number, spec, on_failure, &sources)?);
+        // The other table: a connection is decided by the old rules or by the new ones, never by some of each.
+        let table = self.rules.config.table ^ 1;
+        let new = Rules::new(table, spec, on_failure, &sources)?;
+        self.clear_other_table()?;
+        if let Err(error) = self.write_entries(&new) {
+            // Nobody looks at it: the old rules stay in force.
+            let _ = self.dataplane.maps().remove_table(&new);
+            return Err(error);
+        }
+        let old = std::mem::replace(&mut self.rules, new);
         self.spec = spec.clone();
         self.on_failure = on_failure;
         self.sources = sources;
-        // New entries before the configuration that looks at them, old ones after it.
-        self.write_entries(&self.rules)?;
         let steer = match (&self.inbound, self.rules.inbound.is_empty()) {
             (None, false) => Some(self.dataplane.steer(Some(number))?),
             _ => None,
         };
         self.connect_links(netns, steer)?;
         let mut maps = self.dataplane.maps();
-        for port in old.excluded_ports.difference(&self.rules.excluded_ports) {
-            maps.include_port(old.port_key(*port))?;
-        }
-        for network in old.excluded_networks.difference(&self.rules.excluded_networks) {
-            maps.include_network(number, *network)?;
-        }
+        maps.remove_table(&old)?;
         for port in old.inbound.keys().filter(|port| !self.rules.inbound.contains_key(port)) {
             maps.leave_port(old.port_key(*port))?;
         }
         for (name, ports) in &old.companion_ports {
             let kept = self.rules.companion_ports.get(name);
-            for port in ports.iter().filter(|port| !kept.is_some_and(|kept| kept.contains(port))) {
-                for family in [AF_INET, AF_INET6] {
-                    maps.remove_listener(ListenerKey { workload: number, port: *port, family })?;
+            for (port, protocol) in ports.iter().filter(|port| !kept.is_some_and(|kept| kept.contains(port)))
+            {
+                for key in listener_keys(number, *port, *protocol) {
+                    maps.remove_listener(key)?;
                 }
             }
         }
@@ -329,10 +352,11 @@ impl RedirectGuard {
     /// Ends the links of the workload: one write turns redirection off, then they go one by one.
     fn stop_redirecting(&mut self) -> Result<(), RedirectError> {
         let mut result = Ok(());
-        if self.outbound.iter().any(Link::has_cgroup) {
+        if self.outbound.iter().any(|(_, link)| link.has_cgroup()) {
             result = self.dataplane.maps().configure_workload(self.cgroup.id, &WorkloadConfig::default());
         }
-        for link in self.inbound.take().into_iter().chain(self.outbound.drain(..).rev()) {
+        let outbound = self.outbound.drain(..).rev().map(|(_, link)| link);
+        for link in self.inbound.take().into_iter().chain(outbound) {
             result = result.and(link.detach());
         }
         result
@@ -364,21 +388,26 @@ impl RedirectGuard {
         first.map_or(Ok(()), Err)
     }
 
-    fn remove_entries(&self) -> Result<(), RedirectError> {
+    fn clear_other_table(&mut self) -> Result<(), RedirectError> {
+        if self.other_table {
+            let other = self.rules.config.table ^ 1;
+            self.dataplane.maps().remove_tables(|table| table == other)?;
+            self.other_table = false;
+        }
+        Ok(())
+    }
+
+    fn remove_entries(&mut self) -> Result<(), RedirectError> {
+        self.clear_other_table()?;
         let workload = self.rules.config.workload;
         let mut maps = self.dataplane.maps();
-        for port in &self.rules.excluded_ports {
-            maps.include_port(self.rules.port_key(*port))?;
-        }
-        for network in &self.rules.excluded_networks {
-            maps.include_network(workload, *network)?;
-        }
+        maps.remove_table(&self.rules)?;
         for port in self.rules.inbound.keys() {
             maps.leave_port(self.rules.port_key(*port))?;
         }
-        for port in self.rules.companion_ports.values().flatten() {
-            for family in [AF_INET, AF_INET6] {
-                maps.remove_listener(ListenerKey { workload, port: *port, family })?;
+        for (port, protocol) in self.rules.companion_ports.values().flatten() {
+            for key in listener_keys(workload, *port, *protocol) {
+                maps.remove_listener(key)?;
             }
         }
         Ok(())
@@ -386,12 +415,7 @@ impl RedirectGuard {
 
     fn write_entries(&self, rules: &Rules) -> Result<(), RedirectError> {
         let mut maps = self.dataplane.maps();
-        for port in &rules.excluded_ports {
-            maps.exclude_port(rules.port_key(*port))?;
-        }
-        for network in &rules.excluded_networks {
-            maps.exclude_network(rules.config.workload, *network)?;
-        }
+        maps.write_table(rules)?;
         for (port, rule) in &rules.inbound {
             maps.steer_port(rules.port_key(*port), *rule)?;
         }
@@ -400,25 +424,31 @@ impl RedirectGuard {
 
     /// Attaches or detaches so that the links are those that the rules want, and writes the configuration.
     fn connect_links(&mut self, netns: BorrowedFd<'_>, steer: Option<Steer>) -> Result<(), RedirectError> {
-        if self.spec.outbound.is_some() {
-            let cgroup = open_directory(&self.cgroup.path)?;
-            let fresh = self.outbound.is_empty();
-            for (index, program) in WORKLOAD_PROGRAMS.iter().enumerate() {
-                if index == 1 {
-                    // The first program has made the cgroup's storage; connect programs come after this.
-                    self.dataplane.maps().configure_workload(self.cgroup.id, &self.rules.config)?;
-                }
-                if fresh {
-                    let loaded = self.dataplane.program(program.name)?;
-                    let pin = self.pin(program.name);
-                    self.outbound.push(Link::attach(loaded, cgroup.as_fd(), program.attach_type, pin)?);
-                }
+        if !self.rules.executables.is_empty() && !self.dataplane.tells_executables {
+            return Err(RedirectError::Btf("programs cannot be told apart on this kernel".into()));
+        }
+        let wanted: Vec<CgroupProgram> = self.workload_programs().copied().collect();
+        let cgroup = if wanted.is_empty() { None } else { Some(open_directory(&self.cgroup.path)?) };
+        for (index, program) in wanted.iter().enumerate() {
+            if index == 1 {
+                // The first program has made the cgroup's storage; connect programs come after this.
+                self.dataplane.maps().configure_workload(self.cgroup.id, &self.rules.config)?;
             }
-        } else if !self.outbound.is_empty() {
+            if let Some(cgroup) = &cgroup
+                && !self.outbound.iter().any(|(name, _)| *name == program.name)
+            {
+                let loaded = self.dataplane.program(program.name)?;
+                let pin = self.pin(program.name);
+                let link = Link::attach(loaded, cgroup.as_fd(), program.attach_type, pin)?;
+                self.outbound.push((program.name, link));
+            }
+        }
+        if wanted.is_empty() && !self.outbound.is_empty() {
             self.dataplane.maps().configure_workload(self.cgroup.id, &self.rules.config)?;
-            for link in self.outbound.drain(..).rev() {
-                link.detach()?;
-            }
+        }
+        let is_wanted = |name: &str| wanted.iter().any(|program| program.name == name);
+        while let Some(at) = self.outbound.iter().rposition(|(name, _)| !is_wanted(name)) {
+            self.outbound.remove(at).1.detach()?;
         }
         if self.rules.inbound.is_empty() {
             if let Some(link) = self.inbound.take() {
@@ -433,6 +463,7 @@ impl RedirectGuard {
     fn attach_companion(&mut self, name: &CompanionName, cgroup: &Cgroup) -> Result<(), RedirectError> {
         if let Some((attached, links)) = self.companions.get(name)
             && *attached == cgroup.id
+            && links.len() == self.companion_programs().count()
             && links.iter().all(Link::has_cgroup)
         {
             return Ok(());
@@ -440,13 +471,26 @@ impl RedirectGuard {
         self.create_directory(&directory_name(name.as_str()))?;
         let target = open_directory(&cgroup.path)?;
         let mut links = Vec::new();
-        for program in &COMPANION_PROGRAMS {
+        for program in self.companion_programs() {
             let loaded = self.dataplane.program(program.name)?;
             let pin = self.companion_pin(name, program.name);
             links.push(Link::attach(loaded, target.as_fd(), program.attach_type, pin)?);
         }
         self.companions.insert(name.clone(), (cgroup.id, links));
         Ok(())
+    }
+
+    fn wants(&self, program: &CgroupProgram) -> bool {
+        self.spec.redirects_udp() || !program.for_datagrams
+    }
+
+    fn workload_programs(&self) -> impl Iterator<Item = &'static CgroupProgram> {
+        let any = self.spec.redirects_outbound();
+        WORKLOAD_PROGRAMS.iter().filter(move |program| any && self.wants(program))
+    }
+
+    fn companion_programs(&self) -> impl Iterator<Item = &'static CgroupProgram> {
+        COMPANION_PROGRAMS.iter().filter(|program| self.wants(program))
     }
 
     fn create_directory(&self, below: &str) -> Result<(), RedirectError> {
@@ -461,6 +505,16 @@ impl RedirectGuard {
     fn companion_pin(&self, name: &CompanionName, program: &str) -> std::path::PathBuf {
         self.dataplane.links(self.rules.config.workload).join(directory_name(name.as_str())).join(program)
     }
+}
+
+/// For IPv4 and IPv6.
+fn listener_keys(workload: u32, port: u16, protocol: Protocol) -> [ListenerKey; 2] {
+    [AF_INET, AF_INET6].map(|family| ListenerKey {
+        workload,
+        port,
+        family: family.to_le_bytes()[0],
+        protocol: protocol.number(),
+    })
 }
 
 impl Drop for RedirectGuard {

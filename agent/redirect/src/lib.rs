@@ -5,16 +5,17 @@
 //! sockets it hands to the kernel: the kernel itself drops a socket that is closed, so that the failure mode acts
 //! at once, and while no agent runs.
 //!
-//! Pins, below the pin root (default `/sys/fs/bpf/pillion`), for layout version 1:
+//! Pins, below the pin root (default `/sys/fs/bpf/pillion`), for layout version 2:
 //!
 //! ```text
-//! v1/maps/PL_…                      every map of the object
-//! v1/links/NUMBER/pl_…              the links of one workload's cgroup and network namespace
-//! v1/links/NUMBER/COMPANION/pl_…    the links of one companion's cgroup
-//! v1/held/PID                       what the agent with this pid has stopped at exec
+//! v2/maps/PL_…                      every map of the object
+//! v2/links/NUMBER/pl_…              the links of one workload's cgroup and network namespace
+//! v2/links/NUMBER/COMPANION/pl_…    the links of one companion's cgroup
+//! v2/held/PID                       what the agent with this pid has stopped at exec
 //! ```
 
 mod bpffs;
+mod btf;
 mod counters;
 mod dataplane;
 mod error;
@@ -29,6 +30,7 @@ mod rules;
 mod steer;
 mod sweep;
 mod sys;
+mod tables;
 
 pub use bpffs::{Bpffs, MOUNT_SOURCE};
 pub use counters::Counters;

@@ -19,7 +19,7 @@ pub struct Feature {
 /// Loads maps and every program and drops them again. Nothing is attached or pinned.
 pub fn probe() -> Vec<Feature> {
     let constants = Constants { usable_slots: 1, slot_expiry: 1, steer_workload: 0 };
-    let mut object = match object::open(None, &constants) {
+    let mut object = match object::open(None, &constants, None) {
         Ok(object) => object,
         Err(error) => {
             return vec![Feature {

@@ -39,7 +39,7 @@ impl SteerPool {
     /// Loads an instance for `number`.
     pub(crate) fn load(&self, number: u32) -> Result<Steer, RedirectError> {
         let constants = Constants { steer_workload: number, ..self.constants };
-        let mut object = object::open(Some(&self.maps), &constants)?;
+        let mut object = object::open(Some(&self.maps), &constants, None)?;
         Ok(Steer { number, program: object::load_program(&mut object, STEER_PROGRAM)? })
     }
 

@@ -5,7 +5,9 @@
 mod gate;
 mod id;
 mod plan;
+mod ports;
 mod ready;
+mod redirect;
 mod subject;
 
 pub use gate::Gate;
@@ -14,8 +16,13 @@ pub use id::{
     UnknownRuntime, WorkloadId,
 };
 pub use plan::{
-    CompanionKind, CompanionSpec, Exclusions, ExecSpec, ExistingConnections, FailureMode, InboundRule,
-    OutboundRule, Plan, Probe, Readiness, RedirectSpec, Resources, Target, UserSpec,
+    CompanionKind, CompanionSpec, ExecSpec, ExistingConnections, FailureMode, Plan, Probe, Readiness,
+    Resources, UserSpec,
 };
+pub use ports::PortSet;
 pub use ready::{Family, Listener, ReadyCompanion};
+pub use redirect::{
+    DNS_PORT, Exclusions, Exemptions, InboundRule, LONGEST_EXECUTABLE_NAME, MOST_EXECUTABLE_NAMES,
+    OutboundRule, Passes, Protocol, RedirectSpec, Route, Target, is_local,
+};
 pub use subject::{Cgroup, Facet, FirstInstruction, Instance, Sighting, Subject, Workload};

@@ -1,14 +1,13 @@
 //! What a policy wants for a workload: companions, redirection, and what to do when that fails.
 
-use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
-use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::{CompanionName, PolicyName};
+use crate::{CompanionName, PolicyName, RedirectSpec};
 
 /// Everything that must be in force before the workload may run. Made by the policy crate, always consistent:
-/// every [`Target`] names a companion of the same plan.
+/// every [`Target`](crate::Target) names a companion of the same plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Plan {
@@ -137,54 +136,4 @@ pub struct Resources {
     pub cpu_millis: Option<u32>,
     /// Number of tasks.
     pub pids: Option<u32>,
-}
-
-/// Which sockets of the workload go to which companion.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct RedirectSpec {
-    /// Connections that the workload makes.
-    pub outbound: Option<OutboundRule>,
-    /// Connections that the workload accepts. No port is in two rules.
-    pub inbound: Vec<InboundRule>,
-}
-
-/// All TCP connections that the workload makes, less the exclusions; never loopback destinations.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct OutboundRule {
-    /// Where they go.
-    pub to: Target,
-    /// What is left alone.
-    pub exclude: Exclusions,
-}
-
-/// Destinations that are left alone.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Exclusions {
-    /// Destination ports.
-    pub ports: BTreeSet<u16>,
-    /// Destination networks.
-    pub cidrs: Vec<IpNet>,
-}
-
-/// Connections from outside the network namespace to `ports`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct InboundRule {
-    /// The ports that the application listens on.
-    pub ports: BTreeSet<u16>,
-    /// Where they go.
-    pub to: Target,
-}
-
-/// A companion and its listening port, written `name:port` or `name`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Target {
-    /// A companion of the same plan.
-    pub companion: CompanionName,
-    /// Its listening port; allocated in the workload's namespace when absent.
-    pub port: Option<u16>,
 }

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use crate::{Cgroup, CompanionName, ProcessId};
+use crate::{Cgroup, CompanionName, ProcessId, Protocol};
 
 /// A companion whose readiness probe has passed, with the listening sockets that were found then.
 ///
@@ -47,15 +47,18 @@ impl ReadyCompanion {
         &self.listeners
     }
 
-    /// The listener on `port` for `family`: loopback or wildcard. A dual-stack `[::]` listener serves both.
-    pub fn listener(&self, port: u16, family: Family) -> Option<&Listener> {
-        self.listeners.iter().find(|l| l.port == port && (l.family == family || l.family == Family::Dual))
+    /// The socket on `port` for `protocol` and `family`: loopback or wildcard. A dual-stack `[::]` socket serves both.
+    pub fn listener(&self, port: u16, protocol: Protocol, family: Family) -> Option<&Listener> {
+        let serves = |it: &&Listener| it.family == family || it.family == Family::Dual;
+        self.listeners.iter().filter(|it| (it.port, it.protocol) == (port, protocol)).find(serves)
     }
 }
 
-/// A listening TCP socket of a companion, duplicated from it (`pidfd_getfd`, Linux 5.6).
+/// A listening TCP socket of a companion, or a UDP socket without a peer, duplicated from it (`pidfd_getfd`, Linux 5.6).
 #[derive(Debug)]
 pub struct Listener {
+    /// What it takes.
+    pub protocol: Protocol,
     /// Port, host byte order.
     pub port: u16,
     /// Which connections it accepts.

@@ -15,7 +15,7 @@ use nix::{
     unistd::Pid as NixPid,
 };
 use pillion_redirect::{AttachRequest, Bpffs, Dataplane, LoadOptions, RedirectGuard, Sources};
-use pillion_workload::{CompanionName, Exclusions, FailureMode, OutboundRule, RedirectSpec, Target};
+use pillion_workload::{CompanionName, FailureMode, OutboundRule, RedirectSpec, Target};
 use serde::Serialize;
 
 use super::{Kind, peers::Order};
@@ -125,16 +125,13 @@ impl Stage {
         let pins = format!("/sys/fs/bpf/pillion-bench-{}", std::process::id());
         let dataplane = Dataplane::load(&LoadOptions::new(pins))?;
         let name: CompanionName = "companion".parse()?;
-        let outbound = OutboundRule {
-            to: Target { companion: name.clone(), port: Some(PORT) },
-            exclude: Exclusions::default(),
-        };
+        let outbound = OutboundRule::all_tcp(Target { companion: name.clone(), port: Some(PORT) });
         let netns = File::open(near.path())?;
         let ready = ready(name, servers[0].child.id(), &companion)?;
         let guard = dataplane.attach(AttachRequest {
             cgroup: &identity(&workload)?,
             netns: netns.as_fd(),
-            spec: &RedirectSpec { outbound: Some(outbound), inbound: vec![] },
+            spec: &RedirectSpec { outbound: vec![outbound], ..RedirectSpec::default() },
             on_failure: FailureMode::Closed,
             sources: Sources { v4: [10, 77, 0, 1].into(), v6: "fd77::1".parse()? },
             companions: vec![ready],

@@ -245,7 +245,12 @@ fn companion(view: &CompanionView) -> CompanionStatus {
 
 pub(super) fn ports(redirect: &RedirectSpec) -> PortsInUse {
     PortsInUse {
-        outbound: redirect.outbound.as_ref().and_then(|rule| rule.to.port),
+        outbound: {
+            let ports: Vec<u16> = redirect.outbound.iter().filter_map(|rule| rule.to.port).collect();
+            let first = |at: &usize| !ports[..*at].contains(&ports[*at]);
+            (0..ports.len()).filter(first).map(|at| ports[at]).collect()
+        },
+        dns: redirect.dns.as_ref().and_then(|target| target.port),
         inbound: redirect
             .inbound
             .iter()

@@ -34,7 +34,7 @@ fn the_smallest_policy_stands_as_it_is() {
         (companion.ready.timeout, companion.stop_grace),
         (Duration::from_secs(10), Duration::from_secs(10))
     );
-    let outbound = plan.redirect.outbound.as_ref().expect("an outbound rule");
+    let outbound = plan.redirect.outbound.first().expect("an outbound rule");
     assert_eq!((outbound.to.companion.as_str(), outbound.to.port), ("r", Some(15001)));
     assert!(plan.redirect.inbound.is_empty());
 }
@@ -56,8 +56,8 @@ fn every_field_arrives() {
         (resources.memory, resources.cpu_millis, resources.pids),
         (Some(256 << 20), Some(1000), Some(64))
     );
-    let outbound = plan.redirect.outbound.as_ref().expect("an outbound rule");
-    assert_eq!(outbound.exclude.ports.iter().copied().collect::<Vec<_>>(), [22]);
+    let outbound = plan.redirect.outbound.first().expect("an outbound rule");
+    assert_eq!(outbound.exclude.ports, [22].into());
     assert_eq!(outbound.exclude.cidrs[0].to_string(), "169.254.0.0/16");
     assert_eq!(plan.redirect.inbound[0].ports.iter().copied().collect::<Vec<_>>(), [8080]);
     assert_eq!(plan.redirect.inbound[0].to.companion.as_str(), "envoy");
@@ -69,7 +69,7 @@ fn the_other_examples_are_valid() {
     assert_eq!(plan(&example("policies/relay-in-and-out.yaml")).redirect.inbound[0].to.port, None);
     assert_eq!(plan(&example("policies/closed.yaml")).on_failure, FailureMode::Closed);
     let haproxy = example("companions/haproxy/policy.yaml");
-    let outbound = plan(&haproxy).redirect.outbound.as_ref().expect("an outbound rule");
+    let outbound = plan(&haproxy).redirect.outbound.first().expect("an outbound rule");
     assert_eq!(outbound.exclude.cidrs[1].to_string(), "::/0");
 }
 

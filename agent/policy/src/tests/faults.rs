@@ -85,6 +85,81 @@ fn one_slip_is_one_fault() {
     }
 }
 
+/// Likewise.
+#[test]
+fn one_slip_in_a_redirection_is_one_fault() {
+    for (spec, place, message, cure) in [
+        (
+            "select: { names: [a] }, redirect: { outbound: [{ to: r }], dns: { to: r } }",
+            (4, 122),
+            "which is no resolver",
+            "name a companion that answers DNS",
+        ),
+        (
+            "select: { names: [a] }, redirect: { outbound: [{ to: r, protocols: [icmp] }] }",
+            (4, 120),
+            "no protocol that can be redirected",
+            "tcp or udp",
+        ),
+        (
+            "select: { names: [a] }, redirect: { outbound: [{ to: r, ports: [\"9-\"] }] }",
+            (4, 116),
+            "a port or a range of ports",
+            "8000-8999",
+        ),
+        (
+            "select: { names: [a] }, redirect: { outbound: [{ to: \"r:1\" }, { to: \"r:1\", ports: [1] }] }",
+            (4, 120),
+            "never reached",
+            "before the one for all",
+        ),
+        (
+            "select: { names: [a] }, redirect: { outbound: [{ to: \"r:1\", ports: [1] }, { to: \"r:2\" }] }",
+            (4, 132),
+            "all outbound connections on one port",
+            "the same port",
+        ),
+        (
+            "select: { names: [a] }, redirect: { inbound: [{ ports: [1], to: r, protocols: [udp] }] }",
+            (4, 130),
+            "datagrams that arrive cannot be redirected",
+            "remove udp",
+        ),
+        (
+            "select: { names: [a] }, redirect: { inbound: [{ ports: [1], to: r }], exclude: { ports: [2] } }",
+            (4, 131),
+            "nothing to be excluded from",
+            "add `outbound`",
+        ),
+        (
+            "select: { names: [a] }, redirect: { outbound: [{ to: r, exclude: { executables: [/bin/a] } }] }",
+            (4, 119),
+            "cannot have `executables`",
+            "spec.redirect.exclude",
+        ),
+        (
+            "select: { names: [a] }, redirect: { outbound: [{ to: r }], exclude: { executables: [a/b] } }",
+            (4, 136),
+            "no absolute path",
+            "/usr/bin/backup",
+        ),
+        (
+            "select: { names: [a] }, redirect: { outbound: [{ to: r }], exclude: { users: [mesh] } }",
+            (4, 130),
+            "the name `mesh`",
+            "id -u NAME",
+        ),
+    ] {
+        let text = policy("p", spec);
+        let faults = one(&text).expect_err(spec);
+        let fault = &faults.faults[0];
+        assert_eq!(faults.len(), 1, "{faults}");
+        assert_eq!((fault.line, fault.column), place, "{fault}");
+        assert!(fault.message.contains(message), "{fault}");
+        assert!(fault.cure.contains(cure), "{fault}");
+    }
+}
+
 #[test]
 fn faults_of_all_files_are_told_in_their_order() {
     let faults = parse(&[
@@ -115,11 +190,11 @@ fn too_much_is_refused_in_time() {
     let relay = policy("p", "select: { names: [a] }");
     let many = |count: usize| format!("---\n{relay}").repeat(count);
     for (text, message) in [
-        ("x".repeat(MAX_FILE_BYTES + 1), "1048577 bytes"),
+        ("x".repeat(MAX_FILE_BYTES + 1), "4194305 bytes"),
         (many(1_001), "1001 policies"),
         ("---\na\n".repeat(170_000), "170000 policies"),
         (policy("p", &format!("select: {{ names: [{}] }}", "a,".repeat(5_000))), "5000 items"),
-        (policy("p", &format!("select: {{ names: [{}] }}", "a,".repeat(50_000))), "too large"),
+        (policy("p", &format!("select: {{ names: [{}] }}", "a,".repeat(500_000))), "too large"),
         (policy("p", &format!("select: {{ names: [a] }}, {}", "x: 1, ".repeat(3_000))), "unknown field `x`"),
     ] {
         let faults = one(&text).expect_err(message);

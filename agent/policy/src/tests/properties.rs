@@ -140,9 +140,9 @@ proptest! {
         prop_assert_eq!(policy.name().as_str(), &model.name);
         prop_assert_eq!(policy.priority(), model.priority);
         prop_assert_eq!(plan.on_failure == FailureMode::Closed, model.closed);
-        let outbound = plan.redirect.outbound.as_ref().expect("an outbound rule");
+        let outbound = plan.redirect.outbound.first().expect("an outbound rule");
         prop_assert_eq!(outbound.to.port, model.port);
-        prop_assert_eq!(outbound.exclude.ports.iter().copied().collect::<Vec<_>>(), model.excluded);
+        prop_assert_eq!(outbound.exclude.ports.clone(), model.excluded.into_iter().collect::<pillion_workload::PortSet>());
         let pillion_workload::CompanionKind::Exec(exec) = &plan.companions[0].kind else { panic!("a program") };
         prop_assert_eq!(&exec.command[2..], &model.arguments[..]);
         // The labels as they were written, and a name that the pattern matches.

@@ -4,7 +4,6 @@
 //! pinned map, so that [`guard`] (a process of its own that survives the agent) or [`let_go_left`] (the next agent, or
 //! a cleanup) lets it go. Never decides what stays stopped.
 
-mod btf;
 mod guardian;
 mod process;
 
@@ -27,13 +26,29 @@ use pillion_common::{
 };
 use pillion_workload::{CgroupId, Pid, ProcessId, StartTime};
 
-use crate::{Bpffs, RedirectError};
+use crate::{Bpffs, RedirectError, btf};
 
 pub use guardian::guard;
 pub use process::let_go_left;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pillion-ebpf-exec"));
 const PROGRAM: &str = "pl_exec";
+/// What the program reads of kernel structures.
+pub(crate) const MEMBERS: [btf::Member; 12] = [
+    ("OFF_BPRM_FILE", "linux_binprm", "file"),
+    ("OFF_FILE_DENTRY", "file", "f_path"),
+    ("OFF_FILE_DENTRY", "path", "dentry"),
+    ("OFF_DENTRY_NAME", "dentry", "d_name"),
+    ("OFF_DENTRY_NAME", "qstr", "name"),
+    ("OFF_TASK_PTRACE", "task_struct", "ptrace"),
+    ("OFF_TASK_TGID", "task_struct", "tgid"),
+    ("OFF_TASK_PARENT", "task_struct", "real_parent"),
+    ("OFF_TASK_SIGNAL", "task_struct", "signal"),
+    ("OFF_TASK_STARTED", "task_struct", "start_boottime"),
+    ("OFF_SIGNAL_TTY", "signal_struct", "tty"),
+    ("OFF_SIGNAL_PIDS", "signal_struct", "pids"),
+];
+
 /// `USER_HZ` is 100 on every architecture: a clock tick of proc(5) in nanoseconds.
 const TICK_NS: u64 = 10_000_000;
 /// An agent whose heart has not beaten for so long stops nothing more.
@@ -137,7 +152,7 @@ impl ExecWatch {
         let directory = directory(pin_root);
         fs::create_dir_all(&directory).map_err(RedirectError::sys("cannot create", &directory))?;
         let pin = directory.join(std::process::id().to_string());
-        let offsets = btf::Offsets::of_this_kernel()?;
+        let offsets = btf::Offsets::of_this_kernel(&MEMBERS)?;
         let mut loader = EbpfLoader::new();
         let patience = u64::try_from(PATIENCE.as_nanos()).unwrap_or(u64::MAX);
         let agent = std::process::id();

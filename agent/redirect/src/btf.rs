@@ -14,32 +14,19 @@ const UNION: u32 = 5;
 /// Anonymous members within each other.
 const DEEPEST: u32 = 8;
 
-/// Global of the program, structure, member.
-const MEMBERS: [(&str, &str, &str); 12] = [
-    ("OFF_BPRM_FILE", "linux_binprm", "file"),
-    ("OFF_FILE_DENTRY", "file", "f_path"),
-    ("OFF_FILE_DENTRY", "path", "dentry"),
-    ("OFF_DENTRY_NAME", "dentry", "d_name"),
-    ("OFF_DENTRY_NAME", "qstr", "name"),
-    ("OFF_TASK_PTRACE", "task_struct", "ptrace"),
-    ("OFF_TASK_TGID", "task_struct", "tgid"),
-    ("OFF_TASK_PARENT", "task_struct", "real_parent"),
-    ("OFF_TASK_SIGNAL", "task_struct", "signal"),
-    ("OFF_TASK_STARTED", "task_struct", "start_boottime"),
-    ("OFF_SIGNAL_TTY", "signal_struct", "tty"),
-    ("OFF_SIGNAL_PIDS", "signal_struct", "pids"),
-];
+/// Global of the program, structure, member; the offsets of several members for one global are added.
+pub(crate) type Member = (&'static str, &'static str, &'static str);
 
 /// Offsets in bytes, by global; members of members are added.
 #[derive(Debug)]
-pub(super) struct Offsets(HashMap<&'static str, u32>);
+pub(crate) struct Offsets(HashMap<&'static str, u32>);
 
 impl Offsets {
-    pub(super) fn of_this_kernel() -> Result<Self, RedirectError> {
+    pub(crate) fn of_this_kernel(members: &[Member]) -> Result<Self, RedirectError> {
         let bytes = fs::read(FILE).map_err(RedirectError::sys("cannot read", FILE.as_ref()))?;
         let types = Types::parse(&bytes).ok_or_else(|| RedirectError::Btf("it has another form".into()))?;
         let mut offsets = HashMap::new();
-        for (global, structure, member) in MEMBERS {
+        for (global, structure, member) in members.iter().copied() {
             let offset = types
                 .offset(structure, member)
                 .ok_or_else(|| RedirectError::Btf(format!("it has no {structure}.{member}")))?;
@@ -48,7 +35,7 @@ impl Offsets {
         Ok(Self(offsets))
     }
 
-    pub(super) fn globals(&self) -> impl Iterator<Item = (&'static str, &u32)> {
+    pub(crate) fn globals(&self) -> impl Iterator<Item = (&'static str, &u32)> {
         self.0.iter().map(|(name, offset)| (*name, offset))
     }
 }
@@ -139,9 +126,12 @@ mod tests {
 
     #[test]
     fn this_kernel_has_all_of_them() {
-        let offsets = Offsets::of_this_kernel().expect("a kernel with BTF");
-        assert_eq!(offsets.0.len(), 10);
-        assert!(offsets.0["OFF_TASK_SIGNAL"] > 0 && offsets.0["OFF_DENTRY_NAME"] > 0);
+        for members in [&crate::exec::MEMBERS[..], &crate::object::MEMBERS] {
+            let globals: std::collections::BTreeSet<_> = members.iter().map(|(global, ..)| *global).collect();
+            let offsets = Offsets::of_this_kernel(members).expect("a kernel with BTF");
+            assert_eq!(offsets.0.len(), globals.len());
+            assert!(offsets.0["OFF_DENTRY_NAME"] > 0);
+        }
     }
 
     #[test]

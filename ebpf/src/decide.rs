@@ -1,0 +1,110 @@
+//! Which rule, if any, decides on a destination. Nothing of the socket is changed here.
+
+use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated::bpf_get_current_uid_gid};
+use pillion_common::{
+    AF_INET, Counter, Destination, Network4, Network6, Route, RouteKey, TCP, UserKey, WorkloadConfig, flags,
+};
+
+use crate::{
+    maps::{PL_NETS4, PL_NETS6, PL_ROUTES, PL_USERS, count},
+    program,
+    socket::{LOOPBACK4, ONE, is_local4, is_local6, is_multicast4, is_multicast6},
+};
+
+const DNS_PORT_BE: u16 = 53_u16.to_be();
+
+/// The rule for `destination`; `None` when it passes. Loopback passes, but for questions to resolvers; multicast and
+/// broadcast always do.
+#[inline(always)]
+pub fn decide(config: &WorkloadConfig, destination: &Destination, protocol: u8) -> Option<Route> {
+    let packed = decide_route(config, destination, u32::from(protocol));
+    let route =
+        Route { companion_port: packed as u16, flags: (packed >> 16) as u16, rule: (packed >> 32) as u32 };
+    (route.flags & Route::REDIRECT != 0).then_some(route)
+}
+
+/// The route in one word. A global function: the kernel verifies it once and not on every path to it, which would take
+/// ten times as long.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn decide_route(
+    config: *const WorkloadConfig,
+    destination: *const Destination,
+    protocol: u32,
+) -> u64 {
+    // SAFETY: the verifier sees to it that they are null or what they are said to be.
+    let (Some(config), Some(destination)) = (unsafe { (config.as_ref(), destination.as_ref()) }) else {
+        return 0;
+    };
+    match find(config, destination, protocol as u8) {
+        Some(route) => {
+            u64::from(route.rule) << 32 | u64::from(route.flags) << 16 | u64::from(route.companion_port)
+        }
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn find(config: &WorkloadConfig, destination: &Destination, protocol: u8) -> Option<Route> {
+    let is4 = destination.family == AF_INET;
+    let (local, multicast) = if is4 {
+        (is_local4(destination.address[0]), is_multicast4(destination.address[0]))
+    } else {
+        (is_local6(&destination.address), is_multicast6(&destination.address))
+    };
+    if multicast || local && (config.flags & flags::DNS == 0 || destination.port_be != DNS_PORT_BE) {
+        return None;
+    }
+    if is_left_alone(config) {
+        count(Counter::OutboundExcluded);
+        return None;
+    }
+    let route = if config.flags & flags::ONE_ROUTE != 0 {
+        if protocol == TCP { config.route } else { Route::default() }
+    } else {
+        look(config, destination, protocol, is4)
+    };
+    if local {
+        // The companion itself, which listens on the resolvers' port.
+        let itself = destination.port_be == route.companion_port.to_be()
+            && if is4 { destination.address[0] == LOOPBACK4 } else { destination.address[3] == ONE };
+        return (route.flags & Route::DNS != 0 && !itself).then_some(route);
+    }
+    if route.flags & Route::REDIRECT == 0 {
+        count(Counter::OutboundExcluded);
+        return None;
+    }
+    Some(route)
+}
+
+#[inline(always)]
+fn look(config: &WorkloadConfig, destination: &Destination, protocol: u8, is4: bool) -> Route {
+    let table = config.table;
+    let class = if is4 {
+        let key = Key::new(64, Network4 { table, address: destination.address[0] });
+        if config.flags & flags::NETWORKS4 != 0 { PL_NETS4.get(&key).copied() } else { None }
+    } else {
+        let key = Key::new(160, Network6 { table, address: destination.address });
+        if config.flags & flags::NETWORKS6 != 0 { PL_NETS6.get(&key).copied() } else { None }
+    };
+    let key = RouteKey {
+        table,
+        class: class.unwrap_or(0),
+        protocol: u16::from(protocol),
+        port_be: destination.port_be,
+    };
+    PL_ROUTES.get(&Key::new(RouteKey::BITS, key)).copied().unwrap_or_default()
+}
+
+/// Whether whatever this process sends passes.
+#[inline(always)]
+fn is_left_alone(config: &WorkloadConfig) -> bool {
+    if config.flags & flags::USERS != 0 {
+        // SAFETY: takes nothing, returns numbers.
+        let user = unsafe { bpf_get_current_uid_gid() } as u32;
+        if PL_USERS.get_ptr(UserKey { table: config.table, user }).is_some() {
+            return true;
+        }
+    }
+    config.flags & flags::EXECUTABLES != 0 && program::is_left_alone(config.table)
+}

@@ -1,0 +1,284 @@
+//! sendmsg() and recvmsg(): sends the datagrams of sockets without a peer to a companion, and shows its answers as coming
+//! from who was asked. (Sockets with a peer are the connect programs' matter.)
+//!
+//! IPv4: the datagram's source is the address that stands for its destination (`peers`); the companion answers to that,
+//! and `pl_reply4` gives the answer that source. IPv6 knows no such addresses on loopback: a socket has one destination, of
+//! which another one follows the failure mode; but resolvers can be asked in any number, since it is the companion
+//! that answers.
+
+use aya_ebpf::{
+    bindings::{bpf_sock, bpf_sock_addr},
+    helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+use pillion_common::{
+    AF_INET, AF_INET6, BoundKey, Counter, Destination, HeardKey, Redirected, Route, SlotAddress, UDP,
+    WorkloadConfig, flags,
+};
+
+use crate::{
+    decide::decide,
+    maps::{PL_BOUND, PL_HEARD, PL_REDIRECTED, PL_WORKLOADS, count},
+    peers, slots,
+    socket::{
+        IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, cookie, listening, local, read, socket_of, unmapped, write,
+    },
+};
+
+const PASS: i32 = 1;
+const DENY: i32 = 0;
+const ECONNREFUSED: i32 = 111;
+const EADDRNOTAVAIL: i32 = 99;
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn pl_send4(ctx: SockAddrContext) -> i32 {
+    let ctx = ctx.sock_addr;
+    let config = PL_WORKLOADS.get();
+    let sk = socket_of(ctx);
+    if !concerned(ctx, config) || sk.is_null() {
+        return PASS;
+    }
+    let destination = Destination {
+        address: [read!((*ctx).user_ip4), 0, 0, 0],
+        port_be: read!((*ctx).user_port) as u16,
+        family: AF_INET,
+    };
+    let Some(route) = decide(config, &destination, UDP) else { return PASS };
+    if is_answer(ctx, &route, &destination) {
+        return PASS;
+    }
+    // A socket that is bound to an interface does not reach loopback.
+    if read!((*sk).bound_dev_if) != 0 || !listening(config.workload, route.companion_port, AF_INET, UDP) {
+        return fail(config, ECONNREFUSED);
+    }
+    let netns = netns_of(ctx);
+    let Some(address) = peers::address_of(netns, config.workload, &destination) else {
+        return fail(config, EADDRNOTAVAIL);
+    };
+    let (bound, _) = local(sk);
+    if bound[0] != 0 {
+        let key = BoundKey { netns, address, port: read!((*sk).src_port) };
+        // SAFETY: compared at once, before any other operation on the map.
+        let known = unsafe { PL_BOUND.get(key) }.is_some_and(|known| *known == bound[0]);
+        if !known && PL_BOUND.insert(key, bound[0], 0).is_err() {
+            return fail(config, EADDRNOTAVAIL);
+        }
+    }
+    write!((*ctx).msg_src_ip4, address);
+    write!((*ctx).user_ip4, LOOPBACK4);
+    write!((*ctx).user_port, u32::from(route.companion_port.to_be()));
+    count(Counter::DatagramsRedirected);
+    PASS
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn pl_send6(ctx: SockAddrContext) -> i32 {
+    let ctx = ctx.sock_addr;
+    let config = PL_WORKLOADS.get();
+    let sk = socket_of(ctx);
+    if !concerned(ctx, config) || sk.is_null() {
+        return PASS;
+    }
+    let address = [
+        read!((*ctx).user_ip6[0]),
+        read!((*ctx).user_ip6[1]),
+        read!((*ctx).user_ip6[2]),
+        read!((*ctx).user_ip6[3]),
+    ];
+    let destination = Destination { address, port_be: read!((*ctx).user_port) as u16, family: AF_INET6 };
+    let Some(route) = decide(config, &destination, UDP) else { return PASS };
+    if is_answer(ctx, &route, &destination) {
+        return PASS;
+    }
+    let link_local = address[0] & 0xffc0_0000_u32.to_be() == 0xfe80_0000_u32.to_be();
+    if read!((*sk).bound_dev_if) != 0
+        || link_local && route.flags & Route::DNS == 0
+        || !listening(config.workload, route.companion_port, AF_INET6, UDP)
+    {
+        return fail(config, ECONNREFUSED);
+    }
+    if !remember(ctx, sk, config, &destination, route.flags & Route::DNS != 0) {
+        return fail(config, EADDRNOTAVAIL);
+    }
+    write!((*ctx).user_ip6[0], 0);
+    write!((*ctx).user_ip6[1], 0);
+    write!((*ctx).user_ip6[2], 0);
+    write!((*ctx).user_ip6[3], ONE);
+    write!((*ctx).user_port, u32::from(route.companion_port.to_be()));
+    count(Counter::DatagramsRedirected);
+    PASS
+}
+
+/// Keeps the destination of an IPv6 socket without a peer, for its answers and for the companion's question.
+#[inline(always)]
+fn remember(
+    ctx: *mut bpf_sock_addr,
+    sk: *mut bpf_sock,
+    config: &WorkloadConfig,
+    destination: &Destination,
+    dns: bool,
+) -> bool {
+    let cookie = cookie(ctx);
+    // SAFETY: compared at once; another thread's datagram may change it in between, as if it had been sent later.
+    if let Some(known) = unsafe { PL_REDIRECTED.get(cookie) } {
+        if known.destination == *destination {
+            return true;
+        }
+        if !dns || known.flags & Redirected::UNASKED == 0 {
+            return false;
+        }
+    }
+    let state = Redirected {
+        destination: *destination,
+        slot: Redirected::NO_SLOT,
+        generation: 0,
+        bound: [
+            read!((*sk).src_ip6[0]),
+            read!((*sk).src_ip6[1]),
+            read!((*sk).src_ip6[2]),
+            read!((*sk).src_ip6[3]),
+        ],
+        flags: Redirected::DATAGRAMS | Redirected::DIALLED6 | if dns { Redirected::UNASKED } else { 0 },
+        interface: 0,
+        source_port: read!((*sk).src_port),
+        workload: config.workload,
+    };
+    if !dns {
+        if !slots::keep_of_socket(&state, netns_of(ctx)) {
+            return false;
+        }
+    }
+    PL_REDIRECTED.insert(cookie, state, 0).is_ok()
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+pub fn pl_receive4(ctx: SockAddrContext) -> i32 {
+    let ctx = ctx.sock_addr;
+    let config = PL_WORKLOADS.get();
+    if concerned(ctx, config) {
+        let from = Destination {
+            address: [read!((*ctx).user_ip4), 0, 0, 0],
+            port_be: read!((*ctx).user_port) as u16,
+            family: AF_INET,
+        };
+        if let Some(asked) = asked(ctx, config, &from) {
+            write!((*ctx).user_ip4, asked.address[0]);
+            write!((*ctx).user_port, u32::from(asked.port_be));
+        }
+    }
+    PASS
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub fn pl_receive6(ctx: SockAddrContext) -> i32 {
+    let ctx = ctx.sock_addr;
+    let config = PL_WORKLOADS.get();
+    if concerned(ctx, config) {
+        let words = [
+            read!((*ctx).user_ip6[0]),
+            read!((*ctx).user_ip6[1]),
+            read!((*ctx).user_ip6[2]),
+            read!((*ctx).user_ip6[3]),
+        ];
+        let (address, family) = unmapped(words);
+        let from = Destination { address, port_be: read!((*ctx).user_port) as u16, family };
+        if let Some(asked) = asked(ctx, config, &from) {
+            let words =
+                if asked.family == AF_INET { [0, 0, MAPPED, asked.address[0]] } else { asked.address };
+            write!((*ctx).user_ip6[0], words[0]);
+            write!((*ctx).user_ip6[1], words[1]);
+            write!((*ctx).user_ip6[2], words[2]);
+            write!((*ctx).user_ip6[3], words[3]);
+            write!((*ctx).user_port, u32::from(asked.port_be));
+        }
+    }
+    PASS
+}
+
+/// Who was asked, if the datagram is a companion's answer. Of others the sender is noted, so that the application can
+/// answer it.
+#[inline(always)]
+fn asked(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, from: &Destination) -> Option<Destination> {
+    if from.family == AF_INET && SlotAddress::decode_peer(u32::from_be(from.address[0])).is_some() {
+        return peers::destination_of(from.address[0], netns_of(ctx));
+    }
+    let loopback = if from.family == AF_INET {
+        from.address[0] == LOOPBACK4
+    } else {
+        from.address[0] | from.address[1] | from.address[2] == 0 && from.address[3] == ONE
+    };
+    if loopback {
+        // SAFETY: copied at once, before any other operation on the map.
+        return unsafe { PL_REDIRECTED.get(cookie(ctx)) }
+            .filter(|redirected| redirected.flags & Redirected::DATAGRAMS != 0)
+            .map(|redirected| redirected.destination);
+    }
+    if config.flags & flags::ANSWERS != 0 {
+        let key = heard(ctx, from);
+        if PL_HEARD.get_ptr(key).is_none() {
+            let _ = PL_HEARD.insert(key, 1, 0);
+        }
+    }
+    None
+}
+
+/// Whether this goes to somebody who has sent something to this very socket: an answer of the application's, which is a
+/// server then.
+#[inline(always)]
+fn is_answer(ctx: *mut bpf_sock_addr, route: &Route, to: &Destination) -> bool {
+    route.flags & Route::DNS == 0 && PL_HEARD.get_ptr(heard(ctx, to)).is_some()
+}
+
+#[inline(always)]
+fn heard(ctx: *mut bpf_sock_addr, peer: &Destination) -> HeardKey {
+    HeardKey {
+        socket: cookie(ctx),
+        address: peer.address,
+        port_be: peer.port_be,
+        family: peer.family,
+        pad: 0,
+    }
+}
+
+/// sendmsg() of a companion: an answer to an address that stands for a destination comes from there.
+#[cgroup_sock_addr(sendmsg4)]
+pub fn pl_reply4(ctx: SockAddrContext) -> i32 {
+    let ctx = ctx.sock_addr;
+    let address = read!((*ctx).user_ip4);
+    if SlotAddress::decode_peer(u32::from_be(address)).is_none() {
+        return PASS;
+    }
+    let port = u32::from(u16::from_be(read!((*ctx).user_port) as u16));
+    // SAFETY: copied at once, before any other operation on the map.
+    let bound = unsafe { PL_BOUND.get(BoundKey { netns: netns_of(ctx), address, port }) }.copied();
+    write!((*ctx).msg_src_ip4, address);
+    if let Some(bound) = bound {
+        write!((*ctx).user_ip4, bound);
+    }
+    PASS
+}
+
+#[inline(always)]
+fn concerned(ctx: *mut bpf_sock_addr, config: &WorkloadConfig) -> bool {
+    config.flags & flags::DATAGRAMS != 0 && read!((*ctx).protocol) == IPPROTO_UDP
+}
+
+#[inline(always)]
+fn netns_of(ctx: *mut bpf_sock_addr) -> u64 {
+    // SAFETY: a context of this program type is what the helper takes (Linux 5.14).
+    unsafe { bpf_get_netns_cookie(ctx.cast()) }
+}
+
+/// The failure mode: passes on, or refuses with `errno`.
+#[inline(always)]
+fn fail(config: &WorkloadConfig, errno: i32) -> i32 {
+    if config.flags & flags::FAIL_CLOSED == 0 {
+        count(Counter::OutboundFailedOpen);
+        return PASS;
+    }
+    count(Counter::OutboundFailedClosed);
+    // SAFETY: sets the result of the system call (Linux 5.18).
+    unsafe { bpf_set_retval(-errno) };
+    DENY
+}
