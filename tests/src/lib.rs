@@ -13,6 +13,7 @@ pub mod cluster;
 pub mod containerd;
 pub mod demo;
 pub mod differ;
+pub mod duo;
 pub mod echo;
 pub mod engines;
 pub mod first;

@@ -153,6 +153,16 @@ macro_rules! calls {
 calls! {
     /// A new TCP socket, blocking, with time limits of 10 s on connect, send and receive.
     socket(domain: Domain) -> Socket(Socket) = Request::Socket { domain };
+    /// A new UDP socket, blocking, with time limits of 10 s on send and receive.
+    datagrams(domain: Domain) -> Socket(Socket) = Request::Datagrams { domain };
+    /// `sendto`. On a v6 socket a v4 address must be given as mapped.
+    send_to(socket: Socket, address: SocketAddr, text: &str) -> Unit(()) =
+        Request::SendTo { socket, address, text: text.into() };
+    /// Answers each datagram to `address` with `prefix` and what was in it, from then on; answers the address.
+    answer(address: SocketAddr, prefix: &str) -> Address(SocketAddr) =
+        Request::Answer { address, prefix: prefix.into() };
+    /// `setresuid`: there is no way back.
+    become_user(user: u32) -> Unit(()) = Request::Become { user };
     /// A new socket of Multipath TCP over IPv4.
     multipath_socket() -> Socket(Socket) = Request::MultipathSocket;
     /// `bind`. On a v6 socket a v4 address must be given as mapped.
@@ -211,6 +221,26 @@ calls! {
 }
 
 impl Puppet {
+    /// `recvfrom`: what was in the next datagram, and whom it is shown to be from.
+    pub fn receive_from(&mut self, socket: Socket) -> Result<Answer<(String, SocketAddr)>> {
+        Ok(match self.ask(&Request::ReceiveFrom { socket })? {
+            Ok(Value::Received(text, from)) => Ok((text, from)),
+            Ok(other) => bail!("receive_from: unexpected reply {other:?}"),
+            Err(errno) => Err(errno),
+        })
+    }
+
+    /// Sends `text` on a new UDP socket without a peer and returns the answer.
+    pub fn ask_datagram(&mut self, address: SocketAddr, text: &str) -> Result<Answer<(String, SocketAddr)>> {
+        let socket = self.datagrams(Domain::of(address))?.context("a socket")?;
+        let heard = match self.send_to(socket, address, text)? {
+            Ok(()) => self.receive_from(socket)?,
+            Err(errno) => Err(errno),
+        };
+        self.close(socket)?.context("close")?;
+        Ok(heard)
+    }
+
     /// Connects a new socket of the address's family, sends `text`, ends the stream and returns all that comes back.
     pub fn converse(&mut self, address: SocketAddr, text: &str) -> Result<Answer<String>> {
         let socket = match self.socket(Domain::of(address))? {

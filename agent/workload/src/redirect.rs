@@ -126,7 +126,7 @@ pub struct Exemptions {
     /// By destination.
     #[serde(flatten)]
     pub destinations: Exclusions,
-    /// By effective user id, as the host numbers it.
+    /// By real user id, as the host numbers it.
     #[serde(default)]
     pub users: BTreeSet<u32>,
     /// By the absolute path of the program, as the workload sees it.

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::{self, BufRead as _, Read as _, Write as _},
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, OwnedFd},
     thread,
     time::Duration,
@@ -59,6 +59,21 @@ impl Stage {
         match request {
             Request::Ping => {}
             Request::Socket { domain } => return Ok(self.keep(new_socket(domain)?)),
+            Request::Datagrams { domain } => return Ok(self.keep(new_datagrams(domain)?)),
+            Request::SendTo { socket, address, text } => {
+                rustix::net::sendto(self.get(socket)?, text.as_bytes(), SendFlags::empty(), &address)?;
+            }
+            Request::ReceiveFrom { socket } => {
+                let datagrams = UdpSocket::from(self.get(socket)?.try_clone()?);
+                let mut buffer = vec![0; RECEIVE];
+                let (length, from) = datagrams.recv_from(&mut buffer)?;
+                return Ok(Value::Received(String::from_utf8_lossy(&buffer[..length]).into_owned(), from));
+            }
+            Request::Answer { address, prefix } => return answer(address, prefix),
+            Request::Become { user } => {
+                let user = nix::unistd::Uid::from_raw(user);
+                nix::unistd::setresuid(user, user, user)?;
+            }
             Request::MultipathSocket => return Ok(self.keep(multipath_socket()?)),
             Request::Bind { socket, address } => rustix::net::bind(self.get(socket)?, &address)?,
             Request::BindDevice { socket, device } => {
@@ -166,11 +181,19 @@ impl Stage {
 }
 
 fn new_socket(domain: Domain) -> io::Result<OwnedFd> {
+    of_type(domain, SocketType::STREAM)
+}
+
+fn new_datagrams(domain: Domain) -> io::Result<OwnedFd> {
+    of_type(domain, SocketType::DGRAM)
+}
+
+fn of_type(domain: Domain, kind: SocketType) -> io::Result<OwnedFd> {
     let family = match domain {
         Domain::V4 => AddressFamily::INET,
         Domain::V6 => AddressFamily::INET6,
     };
-    let socket = rustix::net::socket(family, SocketType::STREAM, None)?;
+    let socket = rustix::net::socket(family, kind, None)?;
     limit(&socket)?;
     Ok(socket)
 }
@@ -214,6 +237,20 @@ fn echo(address: SocketAddr) -> io::Result<Value> {
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             thread::spawn(move || crate::echo::serve(stream));
+        }
+    });
+    Ok(Value::Address(address))
+}
+
+/// Answers each datagram with the prefix and what was in it.
+fn answer(address: SocketAddr, prefix: String) -> io::Result<Value> {
+    let datagrams = UdpSocket::bind(address)?;
+    let address = datagrams.local_addr()?;
+    // Lives as long as the puppet.
+    thread::spawn(move || {
+        let mut buffer = vec![0; RECEIVE];
+        while let Ok((length, from)) = datagrams.recv_from(&mut buffer) {
+            let _ = datagrams.send_to(&[prefix.as_bytes(), &buffer[..length]].concat(), from);
         }
     });
     Ok(Value::Address(address))
