@@ -84,6 +84,8 @@ pub struct CompanionConfig {
     /// Ports it listens on, host byte order; unused entries are zero. A connection accepted on another port was
     /// steered there by `sk_lookup`: its local address is its original destination.
     pub ports: [u16; PORTS_PER_COMPANION],
+    /// Number of its workload.
+    pub workload: u32,
 }
 
 /// A transport address.
@@ -427,7 +429,7 @@ const _: () = {
     assert!(size_of::<HeardKey>() == 32);
     assert!(size_of::<UserKey>() == 8);
     assert!(size_of::<ExecutableKey>() == 56);
-    assert!(size_of::<CompanionConfig>() == 16);
+    assert!(size_of::<CompanionConfig>() == 20);
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<Redirected>() == 60);
     assert!(size_of::<BySourceKey>() == 32);

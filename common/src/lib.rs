@@ -14,6 +14,7 @@ extern crate alloc;
 
 #[cfg(feature = "hook")]
 pub mod hook;
+pub mod kernel;
 mod layout;
 mod slot;
 

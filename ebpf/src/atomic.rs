@@ -1,4 +1,4 @@
-//! 64-bit atomics (Linux 5.12). Rust's own are compiled out for this target, which it takes for one without
+//! 64-bit atomics (Linux 5.12; `older/atomic.rs` does without). Rust's own are compiled out for this target, which it takes for one without
 //! compare-and-exchange, although the instruction set has it since version 3.
 
 use core::{arch::asm, ptr::NonNull};
@@ -10,9 +10,9 @@ pub fn load(place: NonNull<u64>) -> u64 {
     unsafe { place.as_ptr().read_volatile() }
 }
 
-/// Replaces `expected` by `new`; whether it did. A full barrier.
+/// Replaces `expected` by `new`; whether it did. A full barrier. `_id` is for kernels without the instruction.
 #[inline(always)]
-pub fn compare_exchange(place: NonNull<u64>, expected: u64, new: u64) -> bool {
+pub fn compare_exchange(place: NonNull<u64>, _id: u32, expected: u64, new: u64) -> bool {
     let seen: u64;
     // SAFETY: a map value, aligned. The instruction compares with r0 and leaves the old value there.
     unsafe {

@@ -2,7 +2,6 @@
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sockopt},
-    helpers::generated::bpf_get_netns_cookie,
     macros::{cgroup_sock, cgroup_sockopt},
     programs::{SockContext, SockoptContext},
 };
@@ -12,7 +11,7 @@ use crate::{
     maps::{PL_BY_SOURCE, PL_COMPANIONS, count},
     peers,
     slots::{self, Asked},
-    socket::{IPPROTO_TCP, IPPROTO_UDP, MAPPED, local, read, remote, write},
+    socket::{IPPROTO_TCP, IPPROTO_UDP, MAPPED, local, netns, read, remote, write},
 };
 
 const SOL_IP: i32 = 0;
@@ -49,8 +48,7 @@ pub fn pl_unasked(ctx: SockContext) -> i32 {
         return 1;
     }
     let (peer, family) = remote(sk);
-    // SAFETY: a context of this program type is what the helper takes.
-    let netns = unsafe { bpf_get_netns_cookie(sk.cast()) };
+    let netns = netns(sk, PL_COMPANIONS.get().workload);
     let asked = PL_BY_SOURCE.remove(source_key(sk, netns, peer, family, TCP)).is_ok();
     if !asked
         && let Some(address) = slot_address(&peer, family)
@@ -80,8 +78,7 @@ fn source_key(sk: *mut bpf_sock, netns: u64, peer: [u32; 4], family: u16, protoc
 #[inline(always)]
 fn original_destination(ctx: *mut bpf_sockopt, sk: *mut bpf_sock) -> Option<Destination> {
     let (peer, family) = remote(sk);
-    // SAFETY: a context of this program type is what the helper takes (Linux 5.15).
-    let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+    let netns = netns(ctx, PL_COMPANIONS.get().workload);
     let protocol = match read!((*sk).protocol) {
         IPPROTO_TCP => TCP,
         IPPROTO_UDP => UDP,

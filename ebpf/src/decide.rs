@@ -6,6 +6,7 @@ use pillion_common::{
 };
 
 use crate::{
+    apart,
     maps::{PL_NETS4, PL_NETS6, PL_ROUTES, PL_USERS, count},
     program,
     socket::{LOOPBACK4, ONE, is_local4, is_local6, is_multicast4, is_multicast6},
@@ -23,24 +24,23 @@ pub fn decide(config: &WorkloadConfig, destination: &Destination, protocol: u8) 
     (route.flags & Route::REDIRECT != 0).then_some(route)
 }
 
-/// The route in one word. A global function: the kernel verifies it once and not on every path to it, which would take
-/// ten times as long.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn decide_route(
-    config: *const WorkloadConfig,
-    destination: *const Destination,
-    protocol: u32,
-) -> u64 {
-    // SAFETY: the verifier sees to it that they are null or what they are said to be.
-    let (Some(config), Some(destination)) = (unsafe { (config.as_ref(), destination.as_ref()) }) else {
-        return 0;
-    };
-    match find(config, destination, protocol as u8) {
-        Some(route) => {
-            u64::from(route.rule) << 32 | u64::from(route.flags) << 16 | u64::from(route.companion_port)
+apart! {
+    /// The route in one word.
+    fn decide_route(
+        config: *const WorkloadConfig,
+        destination: *const Destination,
+        protocol: u32,
+    ) -> u64 {
+        // SAFETY: the verifier sees to it that they are null or what they are said to be.
+        let (Some(config), Some(destination)) = (unsafe { (config.as_ref(), destination.as_ref()) }) else {
+            return 0;
+        };
+        match find(config, destination, protocol as u8) {
+            Some(route) => {
+                u64::from(route.rule) << 32 | u64::from(route.flags) << 16 | u64::from(route.companion_port)
+            }
+            None => 0,
         }
-        None => 0,
     }
 }
 

@@ -70,6 +70,15 @@ pub static OFF_TASK_STARTED: Global<u32> = Global::new(0);
 pub static OFF_SIGNAL_TTY: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static OFF_SIGNAL_PIDS: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_TASK_CGROUPS: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_CGROUPS_DEFAULT: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub static OFF_CGROUP_LEVEL: Global<u32> = Global::new(0);
+/// Zero where a cgroup has no list of its ancestors' ids (from Linux 6.1 on): there is a helper then.
+#[unsafe(no_mangle)]
+pub static OFF_CGROUP_ANCESTORS: Global<u32> = Global::new(0);
 
 /// `sched_process_exec(task, old_pid, bprm)`: the new program is in place and has not run.
 #[btf_tracepoint(function = "sched_process_exec")]
@@ -148,9 +157,16 @@ fn is_exempt() -> bool {
     if PL_EXEC_EXEMPT.get_ptr(unsafe { bpf_get_current_cgroup_id() }).is_some() {
         return true;
     }
+    let (cgroup, depth) = own_cgroup();
     for level in 1..=LEVELS {
-        // SAFETY: takes a number; 0 when there is no such level (Linux 5.7 for this program type).
-        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        let id = if OFF_CGROUP_ANCESTORS.load() == 0 {
+            // SAFETY: takes a number; 0 when there is no such level.
+            unsafe { bpf_get_current_ancestor_cgroup_id(level) }
+        } else if level > depth {
+            0
+        } else {
+            read(cgroup + u64::from(OFF_CGROUP_ANCESTORS.load()) + 8 * level as u64)
+        };
         if id == 0 {
             return false;
         }
@@ -159,6 +175,19 @@ fn is_exempt() -> bool {
         }
     }
     false
+}
+
+/// The process's cgroup2 and its level, where ancestors are looked up in it.
+#[inline(always)]
+fn own_cgroup() -> (u64, i32) {
+    if OFF_CGROUP_ANCESTORS.load() == 0 {
+        return (0, 0);
+    }
+    // SAFETY: takes nothing.
+    let task = unsafe { bpf_get_current_task() };
+    let cgroups: u64 = read(task + u64::from(OFF_TASK_CGROUPS.load()));
+    let cgroup: u64 = read(cgroups + u64::from(OFF_CGROUPS_DEFAULT.load()));
+    (cgroup, read(cgroup + u64::from(OFF_CGROUP_LEVEL.load())))
 }
 
 /// Zeroes where nothing can be read.

@@ -12,10 +12,10 @@ use aya_ebpf::{
     macros::sk_lookup,
     programs::SkLookupContext,
 };
-use pillion_common::{AF_INET, AF_INET6, Counter, ListenerKey, PortKey, TCP, flags};
+use pillion_common::{AF_INET, AF_INET6, Counter, ListenerKey, PortKey, TCP, flags, kernel};
 
 use crate::{
-    maps::{PL_INBOUND, PL_LISTENERS, STEER_WORKLOAD, count},
+    maps::{PL_INBOUND, PL_LISTENERS, STEER_WORKLOAD, count, kernel_has},
     socket::{IPPROTO_TCP, TCP_LISTEN, is_local4, is_local6, is_mapped, read},
 };
 
@@ -25,7 +25,10 @@ const LOOPBACK_INTERFACE: u32 = 1;
 #[sk_lookup]
 pub fn pl_steer(ctx: SkLookupContext) -> u32 {
     let ctx = ctx.lookup;
-    if read!((*ctx).protocol) != IPPROTO_TCP || read!((*ctx).ingress_ifindex) == LOOPBACK_INTERFACE {
+    if read!((*ctx).protocol) != IPPROTO_TCP {
+        return SK_PASS;
+    }
+    if kernel_has(kernel::ARRIVAL_INTERFACE) && read!((*ctx).ingress_ifindex) == LOOPBACK_INTERFACE {
         return SK_PASS;
     }
     let workload = STEER_WORKLOAD.load();

@@ -11,6 +11,18 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+/// A function that the kernel verifies once, by itself, and not on every path to it, which would take ten times as long. It
+/// has a stack frame of its own; 512 bytes are for all frames together.
+macro_rules! apart {
+    ($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) -> $result:ty $body:block) => {
+        $(#[$doc])*
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name($($argument: $type),*) -> $result $body
+    };
+}
+pub(crate) use apart;
+
 mod atomic;
 mod companion;
 mod decide;

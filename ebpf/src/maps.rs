@@ -152,6 +152,16 @@ pub static USABLE_SLOTS: Global<u32> = Global::new(SLOTS);
 #[unsafe(no_mangle)]
 pub static SLOT_EXPIRY: Global<u32> = Global::new(900);
 
+/// What this kernel has, see [`pillion_common::kernel`].
+#[unsafe(no_mangle)]
+pub static KERNEL: Global<u32> = Global::new(0);
+
+/// Whether this kernel has it. Known to the verifier, which does not look at the branch that is not taken.
+#[inline(always)]
+pub fn kernel_has(feature: u32) -> bool {
+    KERNEL.load() & feature != 0
+}
+
 /// Adds one to a counter of this CPU.
 #[inline(always)]
 pub fn count(counter: Counter) {

@@ -8,23 +8,22 @@
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr, sockaddr},
-    helpers::generated::{
-        bpf_bind, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_set_retval, bpf_setsockopt,
-    },
+    helpers::generated::{bpf_bind, bpf_get_prandom_u32, bpf_set_retval, bpf_setsockopt},
     macros::{cgroup_sock, cgroup_sock_addr},
     programs::{SockAddrContext, SockContext},
 };
 use pillion_common::{
     AF_INET, AF_INET6, Counter, Destination, Redirected, Route, SlotAddress, TCP, UDP, WorkloadConfig, flags,
+    kernel,
 };
 
 use crate::{
     decide::decide,
-    maps::{PL_REDIRECTED, PL_WORKLOADS, count},
+    maps::{PL_REDIRECTED, PL_WORKLOADS, count, kernel_has},
     slots::{self, Taken},
     socket::{
         IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, SOCK_DGRAM, SOCK_STREAM, TCP_CLOSE,
-        TCP_SYN_SENT, cookie, is_mapped, listening, read, socket_of, unmapped, write,
+        TCP_SYN_SENT, cookie, is_mapped, listening, netns, read, socket_of, unmapped, write,
     },
 };
 
@@ -34,6 +33,7 @@ const ECONNREFUSED: i32 = 111;
 const EADDRNOTAVAIL: i32 = 99;
 const EPROTONOSUPPORT: i32 = 93;
 const SOL_SOCKET: i32 = 1;
+const SO_BINDTODEVICE: i32 = 25;
 const SO_BINDTOIFINDEX: i32 = 62;
 
 /// Source ports for sockets that take no slot: the dynamic range of RFC 6335.
@@ -76,7 +76,7 @@ pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
     if !listening(config.workload, route.companion_port, AF_INET, protocol) {
         return fail(ctx, config, false, ECONNREFUSED);
     }
-    let netns = netns_of(ctx);
+    let netns = netns(ctx, config.workload);
     state.bound[0] = read!((*sk).src_ip4);
     // An earlier connect has left the socket bound.
     if state.bound[0] != 0 || state.source_port != 0 {
@@ -128,7 +128,7 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
         [read!((*sk).src_ip6[0]), read!((*sk).src_ip6[1]), read!((*sk).src_ip6[2]), read!((*sk).src_ip6[3])];
     let bound_any = bound[0] | bound[1] | bound[2] | bound[3] == 0;
     let has_port = read!((*sk).src_port) != 0;
-    let netns = netns_of(ctx);
+    let netns = netns(ctx, config.workload);
     if has_port || !bound_any {
         release_previous(ctx, netns);
     }
@@ -192,9 +192,7 @@ pub fn pl_release(ctx: SockContext) -> i32 {
         // SAFETY: the entry stays until it is removed below.
         && let Some(redirected) = unsafe { PL_REDIRECTED.get(cookie) }
     {
-        // SAFETY: a context of this program type is what the helper takes.
-        let netns = unsafe { bpf_get_netns_cookie(sk.cast()) };
-        slots::abandon(redirected, netns);
+        slots::abandon(redirected, netns(sk, redirected.workload));
     }
     let _ = PL_REDIRECTED.remove(cookie);
     PASS
@@ -208,8 +206,10 @@ pub fn pl_socket(ctx: SockContext) -> i32 {
     if read!((*ctx.sock).protocol) != IPPROTO_MPTCP || PL_WORKLOADS.get().flags & flags::OUTBOUND == 0 {
         return PASS;
     }
-    // SAFETY: sets the result of the system call (Linux 5.18).
-    unsafe { bpf_set_retval(-EPROTONOSUPPORT) };
+    if kernel_has(kernel::RESULTS) {
+        // SAFETY: sets the result of the system call, which is `EPERM` otherwise.
+        unsafe { bpf_set_retval(-EPROTONOSUPPORT) };
+    }
     DENY
 }
 
@@ -228,12 +228,6 @@ fn concerned(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, family: u16) -> u
     } else {
         0
     }
-}
-
-#[inline(always)]
-fn netns_of(ctx: *mut bpf_sock_addr) -> u64 {
-    // SAFETY: a context of this program type is what the helper takes (Linux 5.14).
-    unsafe { bpf_get_netns_cookie(ctx.cast()) }
 }
 
 /// Gives back what an earlier connect of the same socket took: it has failed, or there would not be another.
@@ -351,18 +345,28 @@ fn commit(ctx: *mut bpf_sock_addr, state: &Redirected, netns: u64, v6: bool) -> 
         }
         return false;
     }
-    if state.interface != 0 {
-        bind_to_interface(ctx, 0);
+    if state.interface != 0 && !bind_to_interface(ctx, 0) {
+        let _ = PL_REDIRECTED.remove(cookie(ctx));
+        slots::abandon(state, netns);
+        if state.flags & Redirected::REBOUND != 0 {
+            unbind(ctx, state.bound, v6);
+        }
+        return false;
     }
     count(Counter::OutboundRedirected);
     true
 }
 
+/// Binds the socket to an interface, or frees it (0); whether it did. Linux 6.1; before, a socket can be freed by an empty
+/// name, of an application that may do so itself (`CAP_NET_RAW`), but not bound again.
 #[inline(always)]
-fn bind_to_interface(ctx: *mut bpf_sock_addr, index: u32) {
-    let mut index = index;
-    // SAFETY: a four-byte option value; a refusal leaves the socket as it is.
-    unsafe { bpf_setsockopt(ctx.cast(), SOL_SOCKET, SO_BINDTOIFINDEX, (&raw mut index).cast(), 4) };
+fn bind_to_interface(ctx: *mut bpf_sock_addr, index: u32) -> bool {
+    let mut value = index;
+    let mut set = |option| {
+        // SAFETY: a four-byte option value; a refusal leaves the socket as it is.
+        unsafe { bpf_setsockopt(ctx.cast(), SOL_SOCKET, option, (&raw mut value).cast(), 4) == 0 }
+    };
+    set(SO_BINDTOIFINDEX) || (index == 0 && set(SO_BINDTODEVICE))
 }
 
 /// Lets the connect go where the application wants, and undoes what an earlier one left on the socket.
@@ -374,14 +378,15 @@ fn pass(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, v6: bool) -> i32 {
     if let Some(previous) = unsafe { PL_REDIRECTED.get(cookie) }
         && previous.workload == config.workload
     {
-        slots::abandon(previous, netns_of(ctx));
+        slots::abandon(previous, netns(ctx, previous.workload));
         let (flags, bound, interface) = (previous.flags, previous.bound, previous.interface);
         let _ = PL_REDIRECTED.remove(cookie);
         if flags & Redirected::REBOUND != 0 {
             unbind(ctx, bound, v6);
         }
-        if interface != 0 {
-            bind_to_interface(ctx, interface);
+        // Without its interface it would perhaps go another way than the application wants.
+        if interface != 0 && !bind_to_interface(ctx, interface) {
+            return refuse(ctx, v6, EADDRNOTAVAIL);
         }
     }
     PASS
@@ -402,7 +407,33 @@ fn fail(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, v6: bool, errno: i32) 
         return pass(ctx, config, v6);
     }
     count(Counter::OutboundFailedClosed);
-    // SAFETY: sets the result of the system call (Linux 5.18).
-    unsafe { bpf_set_retval(-errno) };
-    DENY
+    refuse(ctx, v6, errno)
+}
+
+/// Refuses with `errno`. Where a program cannot set the result (before Linux 5.18), which would be `EPERM`, the connection
+/// is refused by the kernel itself: it goes to port 0 on loopback, where nobody can listen.
+#[inline(always)]
+fn refuse(ctx: *mut bpf_sock_addr, v6: bool, errno: i32) -> i32 {
+    if kernel_has(kernel::RESULTS) {
+        // SAFETY: sets the result of the system call.
+        unsafe { bpf_set_retval(-errno) };
+        return DENY;
+    }
+    if !v6 {
+        write!((*ctx).user_ip4, LOOPBACK4);
+    } else if is_mapped_destination(ctx) {
+        write!((*ctx).user_ip6[3], LOOPBACK4);
+    } else {
+        write!((*ctx).user_ip6[0], 0);
+        write!((*ctx).user_ip6[1], 0);
+        write!((*ctx).user_ip6[2], 0);
+        write!((*ctx).user_ip6[3], ONE);
+    }
+    write!((*ctx).user_port, 0);
+    PASS
+}
+
+#[inline(always)]
+fn is_mapped_destination(ctx: *mut bpf_sock_addr) -> bool {
+    is_mapped(&[read!((*ctx).user_ip6[0]), read!((*ctx).user_ip6[1]), read!((*ctx).user_ip6[2]), 0])
 }

@@ -32,7 +32,7 @@ pub fn address_of(netns: u64, workload: u32, destination: &Destination) -> Optio
             if tag::is_busy(seen) && tag::generation(seen) == known.generation {
                 if tag::time(seen) != time {
                     // Whoever else does this at the same time does the same.
-                    atomic::compare_exchange(tag_of(slot), seen, tag::at(seen, time));
+                    atomic::compare_exchange(tag_of(slot), known.slot, seen, tag::at(seen, time));
                 }
                 return Some(encoded(known));
             }
@@ -84,7 +84,7 @@ fn claim(id: u32, key: &PeerKey, time: u32) -> Option<PeerSlot> {
         return None;
     }
     let taken = tag::next(seen, time);
-    if !atomic::compare_exchange(tag_of(slot), seen, taken) {
+    if !atomic::compare_exchange(tag_of(slot), id, seen, taken) {
         return None;
     }
     // SAFETY: the claim makes this run the only writer; a reader checks the tag before and after.

@@ -6,14 +6,15 @@
 
 use core::ptr::NonNull;
 
-use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use pillion_common::{
-    AF_INET, AF_INET6, BySource, BySourceKey, Counter, Destination, Redirected, SLOTS, Slot, TCP, UDP, tag,
+    AF_INET, AF_INET6, BySource, BySourceKey, Counter, Destination, Redirected, SLOTS, Slot, TCP, UDP,
+    kernel, tag,
 };
 
-use crate::atomic;
-use crate::maps::{PL_BY_SOURCE, PL_FREE, PL_FRESH, PL_SLOTS, SLOT_EXPIRY, USABLE_SLOTS, count};
+use crate::maps::{PL_BY_SOURCE, PL_FREE, PL_FRESH, PL_SLOTS, SLOT_EXPIRY, USABLE_SLOTS, count, kernel_has};
 use crate::socket::{LOOPBACK4, ONE};
+use crate::{apart, atomic};
 
 /// How many returned slots, and then how many random ones, are tried.
 const TRIES_RETURNED: u32 = 8;
@@ -28,11 +29,17 @@ pub struct Taken {
     pub generation: u32,
 }
 
-/// Time in units of 2^30 ns (about a second), of the coarse monotonic clock (Linux 5.11).
+/// Time in units of 2^30 ns (about a second), of the monotonic clock.
 #[inline(always)]
 pub fn now() -> u32 {
-    // SAFETY: takes nothing, returns a number.
-    (unsafe { bpf_ktime_get_coarse_ns() } >> 30) as u32 & 0x7fff_ffff
+    let ns = if kernel_has(kernel::COARSE_CLOCK) {
+        // SAFETY: takes nothing, returns a number.
+        unsafe { bpf_ktime_get_coarse_ns() }
+    } else {
+        // SAFETY: as above.
+        unsafe { bpf_ktime_get_ns() }
+    };
+    (ns >> 30) as u32 & 0x7fff_ffff
 }
 
 #[inline(always)]
@@ -51,7 +58,7 @@ fn claim(id: u32, time: u32, netns: u64, workload: u32, destination: &Destinatio
         return None;
     }
     let taken = tag::next(seen, time);
-    if !atomic::compare_exchange(tag_of(slot), seen, taken) {
+    if !atomic::compare_exchange(tag_of(slot), id, seen, taken) {
         return None;
     }
     if expired {
@@ -76,15 +83,15 @@ pub fn take(netns: u64, workload: u32, destination: &Destination) -> Option<Take
 /// What [`take_slot`] returns for none: no slot has this number.
 const NONE: u64 = u64::MAX;
 
-/// Number and, above it, generation. A global function: the kernel verifies it once and not on every path to it.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn take_slot(netns: u64, workload: u32, destination: *const Destination) -> u64 {
-    // SAFETY: the verifier sees to it that it is null or a destination.
-    let Some(destination) = (unsafe { destination.as_ref() }) else { return NONE };
-    match find(netns, workload, destination) {
-        Some(taken) => u64::from(taken.generation) << 32 | u64::from(taken.slot),
-        None => NONE,
+apart! {
+    /// Number and, above it, generation.
+    fn take_slot(netns: u64, workload: u32, destination: *const Destination) -> u64 {
+        // SAFETY: the verifier sees to it that it is null or a destination.
+        let Some(destination) = (unsafe { destination.as_ref() }) else { return NONE };
+        match find(netns, workload, destination) {
+            Some(taken) => u64::from(taken.generation) << 32 | u64::from(taken.slot),
+            None => NONE,
+        }
     }
 }
 
@@ -133,7 +140,7 @@ pub fn give_back(taken: Taken) {
 
 #[inline(always)]
 fn free(slot: *mut Slot, id: u32, seen: u64) {
-    if tag::is_busy(seen) && atomic::compare_exchange(tag_of(slot), seen, tag::freed(seen)) {
+    if tag::is_busy(seen) && atomic::compare_exchange(tag_of(slot), id, seen, tag::freed(seen)) {
         // A slot that cannot be queued is found by random probing.
         let _ = PL_FREE.push(id, 0);
     }
@@ -146,7 +153,7 @@ fn retire(taken: Taken) {
     let seen = atomic::load(tag_of(slot));
     if tag::is_busy(seen) && tag::generation(seen) == taken.generation {
         let time = now().wrapping_add(LINGER).wrapping_sub(SLOT_EXPIRY.load());
-        atomic::compare_exchange(tag_of(slot), seen, tag::at(seen, time));
+        atomic::compare_exchange(tag_of(slot), taken.slot, seen, tag::at(seen, time));
     }
 }
 
@@ -228,15 +235,15 @@ pub fn abandon(redirected: &Redirected, netns: u64) {
     abandon_socket(redirected, netns);
 }
 
-/// A global function, for a stack frame of its own: one frame has 512 bytes with all that it calls.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn abandon_socket(redirected: *const Redirected, netns: u64) -> u32 {
-    // SAFETY: the verifier sees to it that it is null or a socket's entry.
-    if let Some(redirected) = unsafe { redirected.as_ref() } {
-        release(redirected, netns);
+apart! {
+    /// See [`abandon`].
+    fn abandon_socket(redirected: *const Redirected, netns: u64) -> u32 {
+        // SAFETY: the verifier sees to it that it is null or a socket's entry.
+        if let Some(redirected) = unsafe { redirected.as_ref() } {
+            release(redirected, netns);
+        }
+        0
     }
-    0
 }
 
 /// Keeps the destination of a socket by its source, as [`keep_by_source`] does.
@@ -245,14 +252,14 @@ pub fn keep_of_socket(redirected: &Redirected, netns: u64) -> bool {
     keep_socket(redirected, netns) != 0
 }
 
-/// A global function, for a stack frame of its own.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn keep_socket(redirected: *const Redirected, netns: u64) -> u32 {
-    // SAFETY: the verifier sees to it that it is null or a socket's entry.
-    let Some(redirected) = (unsafe { redirected.as_ref() }) else { return 0 };
-    let key = key_of(redirected, netns);
-    u32::from(keep_by_source(&key, &redirected.destination, redirected.workload))
+apart! {
+    /// See [`keep_of_socket`].
+    fn keep_socket(redirected: *const Redirected, netns: u64) -> u32 {
+        // SAFETY: the verifier sees to it that it is null or a socket's entry.
+        let Some(redirected) = (unsafe { redirected.as_ref() }) else { return 0 };
+        let key = key_of(redirected, netns);
+        u32::from(keep_by_source(&key, &redirected.destination, redirected.workload))
+    }
 }
 
 #[inline(always)]

@@ -2,11 +2,11 @@
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
-    helpers::generated::{bpf_get_socket_cookie, bpf_map_lookup_elem, bpf_sk_release},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_map_lookup_elem, bpf_sk_release},
 };
-use pillion_common::{AF_INET, AF_INET6, ListenerKey, UDP};
+use pillion_common::{AF_INET, AF_INET6, ListenerKey, UDP, kernel};
 
-use crate::maps::PL_LISTENERS;
+use crate::maps::{PL_LISTENERS, kernel_has};
 
 pub const SOCK_STREAM: u32 = 1;
 pub const SOCK_DGRAM: u32 = 2;
@@ -46,11 +46,23 @@ pub fn socket_of(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
     read!((*ctx).__bindgen_anon_1.sk)
 }
 
-/// The cookie of the context's socket: unique since boot (Linux 5.12 for a `sock` context).
+/// The cookie of the context's socket: unique since boot (Linux 5.7 for a `sock` context).
 #[inline(always)]
 pub fn cookie<T>(ctx: *mut T) -> u64 {
     // SAFETY: called with contexts of types that the helper takes.
     unsafe { bpf_get_socket_cookie(ctx.cast()) }
+}
+
+/// What stands for the network namespace of a context's socket in keys and slots: its cookie, or, where it could not be had
+/// when the companion asks, the workload's number.
+#[inline(always)]
+pub fn netns<T>(ctx: *mut T, workload: u32) -> u64 {
+    if kernel_has(kernel::NETNS_OF_OPTIONS) {
+        // SAFETY: called with contexts of types that the helper takes (Linux 5.7; for getsockopt 5.15).
+        unsafe { bpf_get_netns_cookie(ctx.cast()) }
+    } else {
+        u64::from(workload)
+    }
 }
 
 /// Looks up a companion's socket and releases it again: is there one that listens, or takes datagrams?

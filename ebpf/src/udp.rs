@@ -8,21 +8,22 @@
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
-    helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
+    helpers::generated::bpf_set_retval,
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 use pillion_common::{
     AF_INET, AF_INET6, BoundKey, Counter, Destination, HeardKey, Redirected, Route, SlotAddress, UDP,
-    WorkloadConfig, flags,
+    WorkloadConfig, flags, kernel,
 };
 
 use crate::{
     decide::decide,
-    maps::{PL_BOUND, PL_HEARD, PL_REDIRECTED, PL_WORKLOADS, count},
+    maps::{PL_BOUND, PL_COMPANIONS, PL_HEARD, PL_REDIRECTED, PL_WORKLOADS, count, kernel_has},
     peers, slots,
     socket::{
-        IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, cookie, listening, local, read, socket_of, unmapped, write,
+        IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, cookie, listening, local, netns, read, socket_of, unmapped,
+        write,
     },
 };
 
@@ -52,7 +53,7 @@ pub fn pl_send4(ctx: SockAddrContext) -> i32 {
     if read!((*sk).bound_dev_if) != 0 || !listening(config.workload, route.companion_port, AF_INET, UDP) {
         return fail(config, ECONNREFUSED);
     }
-    let netns = netns_of(ctx);
+    let netns = netns(ctx, config.workload);
     let Some(address) = peers::address_of(netns, config.workload, &destination) else {
         return fail(config, EADDRNOTAVAIL);
     };
@@ -145,7 +146,7 @@ fn remember(
         workload: config.workload,
     };
     if !dns {
-        if !slots::keep_of_socket(&state, netns_of(ctx)) {
+        if !slots::keep_of_socket(&state, netns(ctx, config.workload)) {
             return false;
         }
     }
@@ -201,7 +202,7 @@ pub fn pl_receive6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn asked(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, from: &Destination) -> Option<Destination> {
     if from.family == AF_INET && SlotAddress::decode_peer(u32::from_be(from.address[0])).is_some() {
-        return peers::destination_of(from.address[0], netns_of(ctx));
+        return peers::destination_of(from.address[0], netns(ctx, config.workload));
     }
     let loopback = if from.family == AF_INET {
         from.address[0] == LOOPBACK4
@@ -250,8 +251,9 @@ pub fn pl_reply4(ctx: SockAddrContext) -> i32 {
         return PASS;
     }
     let port = u32::from(u16::from_be(read!((*ctx).user_port) as u16));
+    let netns = netns(ctx, PL_COMPANIONS.get().workload);
     // SAFETY: copied at once, before any other operation on the map.
-    let bound = unsafe { PL_BOUND.get(BoundKey { netns: netns_of(ctx), address, port }) }.copied();
+    let bound = unsafe { PL_BOUND.get(BoundKey { netns, address, port }) }.copied();
     write!((*ctx).msg_src_ip4, address);
     if let Some(bound) = bound {
         write!((*ctx).user_ip4, bound);
@@ -264,13 +266,7 @@ fn concerned(ctx: *mut bpf_sock_addr, config: &WorkloadConfig) -> bool {
     config.flags & flags::DATAGRAMS != 0 && read!((*ctx).protocol) == IPPROTO_UDP
 }
 
-#[inline(always)]
-fn netns_of(ctx: *mut bpf_sock_addr) -> u64 {
-    // SAFETY: a context of this program type is what the helper takes (Linux 5.14).
-    unsafe { bpf_get_netns_cookie(ctx.cast()) }
-}
-
-/// The failure mode: passes on, or refuses with `errno`.
+/// The failure mode: passes on, or refuses with `errno`; before Linux 5.18 with `EPERM`.
 #[inline(always)]
 fn fail(config: &WorkloadConfig, errno: i32) -> i32 {
     if config.flags & flags::FAIL_CLOSED == 0 {
@@ -278,7 +274,9 @@ fn fail(config: &WorkloadConfig, errno: i32) -> i32 {
         return PASS;
     }
     count(Counter::OutboundFailedClosed);
-    // SAFETY: sets the result of the system call (Linux 5.18).
-    unsafe { bpf_set_retval(-errno) };
+    if kernel_has(kernel::RESULTS) {
+        // SAFETY: sets the result of the system call.
+        unsafe { bpf_set_retval(-errno) };
+    }
     DENY
 }

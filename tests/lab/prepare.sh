@@ -12,4 +12,4 @@ need debootstrap e2fsprogs busybox-static gcc libc6-dev iproute2 iptables qemu-s
 suite_tree trixie
 suite_tree sid
 node_tree
-[ -f "$LAB/vm/disk" ] || { say "making the virtual machine's disk"; "$KIT/vm.sh" build; }
+[ -f "$LAB/machine/vmlinuz-5.10" ] || { say "making the virtual machine's disk"; "$KIT/vm.sh" build; }

@@ -1,4 +1,4 @@
-//! A virtual machine with Linux 6.1, the oldest kernel that is supported: what is brought into it, and what it printed.
+//! A virtual machine with another kernel: what is brought into it, and what it printed.
 //!
 //! Owns one boot. What is done there a script in `tests/vm` says; this judges nothing.
 
@@ -21,6 +21,25 @@ pub const SERVER: &str = "10.77.0.2:8080";
 const AFTER: Duration = Duration::from_secs(10);
 const STRIP_LIMIT: Duration = Duration::from_secs(60);
 
+/// The kernels that there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// 5.10, of Debian 11: the oldest that is supported.
+    Oldest,
+    /// 6.1, of Debian 12.
+    Debian12,
+}
+
+impl Kernel {
+    /// As its release begins.
+    pub fn version(self) -> &'static str {
+        match self {
+            Self::Oldest => "5.10",
+            Self::Debian12 => "6.1",
+        }
+    }
+}
+
 /// What it printed, by section.
 #[derive(Debug)]
 pub struct Guest {
@@ -41,7 +60,13 @@ pub struct Section {
 impl Guest {
     /// Boots a machine and has it run `tests/vm/SCRIPT`, with Pillion's programs, the program whose first instruction connects to
     /// [`SERVER`], its image, and `files`; an error unless it is done within `limit`.
-    pub fn run(machine: &Machine, script: &str, files: Vec<PathBuf>, limit: Duration) -> Result<Self> {
+    pub fn run(
+        machine: &Machine,
+        kernel: Kernel,
+        script: &str,
+        files: Vec<PathBuf>,
+        limit: Duration,
+    ) -> Result<Self> {
         let (directory, scripts) = (machine.directory(), programs::checkout().join("tests/vm"));
         let program = first::build(directory, "first", SERVER.parse()?)?;
         let image = directory.join("first.tar");
@@ -50,7 +75,7 @@ impl Guest {
         command.arg("run").arg(scripts.join(script)).arg(scripts.join("lib.sh"));
         command.arg(strip(&programs::pillion()?, directory)?).arg(strip(&programs::hook()?, directory)?);
         command.args([program, image]).args(files);
-        command.env("LAB", lab::DIRECTORY);
+        command.env("LAB", lab::DIRECTORY).env("VM_KERNEL", kernel.version());
         command.env("VM_TIMEOUT", limit.saturating_sub(AFTER).as_secs().to_string());
         Self::parse(ProcessGuard::finish("the virtual machine", &mut command, limit)?.success()?.stdout)
     }

@@ -1,19 +1,29 @@
-//! Another kernel: Linux 6.1, the oldest that is supported, in a virtual machine with systemd and cgroup2 alone. What the rest of the suites see
-//! on this machine's kernel holds there, too, and what they cannot see here, where cgroup2 has no controllers, holds at all: limits.
+//! Other kernels in a virtual machine with systemd and cgroup2 alone: Linux 6.1, and 5.10, the oldest that is supported. What the
+//! rest of the suites see on this machine's kernel holds there, too, and what they cannot see here, where cgroup2 has no
+//! controllers, holds at all: limits.
 //!
-//! One boot for everything, as the machine is emulated: `tests/vm/guest.sh` does it there and prints, this judges.
+//! One boot for everything of a kernel, as the machine is emulated: `tests/vm/guest.sh` and `older.sh` do it there and print, this judges.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use pillion_tests::{
     on_machine,
-    vm::{Guest, SERVER, records},
+    vm::{Guest, Kernel, SERVER, records},
 };
 use serde_json::Value;
 
 /// An emulated processor is slow, and the machine may be busy. Below the limit of a test.
 const BOOT_AND_RUN: Duration = Duration::from_secs(440);
+
+/// What Linux 5.10 lacks, in the order of the kernels that brought it.
+const FALLBACKS_OF_5_10: [&str; 5] = [
+    "bpf_ktime_get_coarse_ns",
+    "cmpxchg",
+    "bpf_get_netns_cookie in getsockopt",
+    "bpf_sk_lookup.ingress_ifindex",
+    "bpf_set_retval",
+];
 
 const KIND: &str = "apiVersion: pillion.dev/v1alpha1\nkind: InjectionPolicy\n";
 
@@ -21,9 +31,39 @@ const KIND: &str = "apiVersion: pillion.dev/v1alpha1\nkind: InjectionPolicy\n";
 fn everything_on_another_kernel() -> Result<()> {
     on_machine(|machine| {
         let files = policies().into_iter().map(|(name, text)| machine.file(name, &text));
-        let guest = Guest::run(machine, "guest.sh", files.collect::<Result<_>>()?, BOOT_AND_RUN)?;
+        let files = files.collect::<Result<_>>()?;
+        let guest = Guest::run(machine, Kernel::Debian12, "guest.sh", files, BOOT_AND_RUN)?;
         Story(&guest).judge().with_context(|| format!("the guest printed:\n{}", guest.printed))
     })
+}
+
+#[test]
+fn redirection_on_the_oldest_kernel() -> Result<()> {
+    on_machine(|machine| {
+        let files = [("redirect.yaml", redirect()), ("programs.yaml", programs())];
+        let files = files.into_iter().map(|(name, text)| machine.file(name, &text));
+        let files = files.collect::<Result<_>>()?;
+        let guest = Guest::run(machine, Kernel::Oldest, "older.sh", files, BOOT_AND_RUN)?;
+        Story(&guest).judge_older().with_context(|| format!("the guest printed:\n{}", guest.printed))
+    })
+}
+
+/// Both directions, for what `redirects` in `tests/vm/lib.sh` starts.
+fn redirect() -> String {
+    format!(
+        "{KIND}metadata: {{ name: redirect }}\nspec:\n  select: {{ runtimes: [process] }}\n  \
+         companions: [{{ name: r, builtin: relay }}]\n  redirect:\n    outbound: [{{ to: r }}]\n    \
+         inbound: [{{ ports: [9000], to: r }}]\n  onFailure: closed\n"
+    )
+}
+
+/// For a program that is held at its exec.
+fn programs() -> String {
+    format!(
+        "{KIND}metadata: {{ name: programs }}\nspec:\n  \
+         select: {{ runtimes: [process], executables: [/usr/local/bin/first-held] }}\n  \
+         companions: [{{ name: r, builtin: relay }}]\n  redirect: {{ outbound: [{{ to: r }}] }}\n  onFailure: closed\n"
+    )
 }
 
 /// The files of policies in the guest.
@@ -61,6 +101,7 @@ fn policies() -> Vec<(&'static str, String)> {
             ),
         ),
         ("cpu.yaml", beside("busy", r#"[/bin/sh, -c, "while :; do :; done"]"#, "cpu: 100m")),
+        ("redirect.yaml", redirect()),
         ("web.yaml", containers.join("---\n")),
         ("late.yaml", relay("late", &labelled("late"), "", "open")),
     ]
@@ -76,19 +117,72 @@ impl Story<'_> {
             kernel.starts_with("6.1.") && kernel.contains("cgroup2fs") && kernel.contains("systemd"),
             "{kernel}"
         );
-        // Warnings, such as no policy directory, are none of the kernel's.
+        ensure!(self.fallbacks()?.is_empty(), "6.1 has everything: {:?}", self.fallbacks()?);
+        self.redirects()?;
+        self.runs()?;
+        self.limits()?;
+        self.containers()?;
+        self.without_an_agent()?;
+        self.nothing_left()
+    }
+
+    fn judge_older(&self) -> Result<()> {
+        ensure!(self.0.ok("kernel")?.starts_with("5.10."), "{}", self.0.ok("kernel")?);
+        let fallbacks = self.fallbacks()?;
+        ensure!(fallbacks == FALLBACKS_OF_5_10, "{fallbacks:?}");
+        self.redirects()?;
+        self.0.ok("exec")?;
+        self.0.ok("none-left")?;
+        let log = self.0.ok("agent-log")?;
+        let records = records(log);
+        ensure!(records.len() == 1 && records[0]["destination"] == SERVER, "{log}");
+        ensure!(self.0.json("status")?["dataplane"]["counters"].is_object(), "no counters");
+        self.nothing_is_left()
+    }
+
+    /// The features for which `pillion check` tells of a fallback. Nothing of the kernel may fail; warnings, such as no policy
+    /// directory, are not of the kernel.
+    fn fallbacks(&self) -> Result<Vec<String>> {
         let check = self.0.section("check")?;
         ensure!(
             [0, 5].contains(&check.code) && !check.text.contains(r#""verdict": "fail""#),
             "{}",
             check.text
         );
+        let report: Value = serde_json::from_str(&check.text)?;
+        let checks = report["checks"].as_array().context("checks")?;
+        let found =
+            |check: &Value, start| check["found"].as_str().is_some_and(|found| found.starts_with(start));
+        let there = checks.iter().filter(|check| found(check, "there: ")).count();
+        let fallbacks = checks.iter().filter(|check| found(check, "fallback: "));
+        let fallbacks: Vec<String> =
+            fallbacks.filter_map(|check| check["check"].as_str()).map(str::to_owned).collect();
+        ensure!(there + fallbacks.len() >= 11, "features are not told: {report}");
+        Ok(fallbacks)
+    }
 
-        self.runs()?;
-        self.limits()?;
-        self.containers()?;
-        self.without_an_agent()?;
-        self.nothing_left()
+    /// Outbound by IPv4 and IPv6, inbound, each by its original destination, and a refusal while the companion is gone.
+    fn redirects(&self) -> Result<()> {
+        for (section, destination, direction) in [
+            ("out4", SERVER, "outbound"),
+            ("out6", "[fd77::2]:8080", "outbound"),
+            ("in", "10.77.0.1:9000", "inbound"),
+        ] {
+            let text = self.0.ok(section)?;
+            // Who dials before the application listens has a record of a failure.
+            let records = records(text).into_iter().filter(|record| record["outcome"] == "ok");
+            let records: Vec<Value> = records.collect();
+            ensure!(records.len() == 1, "{section}: {text}");
+            let record = &records[0];
+            ensure!(record["destination"] == destination && record["direction"] == direction, "{text}");
+            ensure!(record["bytes_received"].as_u64() > Some(0), "{text}");
+        }
+        let refused = self.0.ok("refused")?;
+        for server in ["10.77.0.2", "fd77::2"] {
+            ensure!(refused.contains(&format!("{server} ended with 1")), "{refused}");
+        }
+        ensure!(refused.matches("Connection refused").count() == 2, "{refused}");
+        Ok(())
     }
 
     /// `pillion run`: the first instruction is captured.
@@ -160,12 +254,16 @@ impl Story<'_> {
     }
 
     fn nothing_left(&self) -> Result<()> {
+        // The wrapper without Pillion is the runtime.
+        self.0.ok("after")?;
+        self.nothing_is_left()
+    }
+
+    fn nothing_is_left(&self) -> Result<()> {
         let cleanup = self.0.ok("cleanup")?;
         for line in cleanup.lines().skip_while(|line| !line.starts_with("KIND")).skip(1) {
             ensure!(line.split_whitespace().next_back().is_none_or(|after| after == "0"), "{cleanup}");
         }
-        // The wrapper without Pillion is the runtime.
-        self.0.ok("after")?;
         let left: Vec<&str> = self
             .0
             .ok("left")?

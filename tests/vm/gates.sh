@@ -20,8 +20,6 @@ section runc many by_wrapper runc
 section crun many by_wrapper crun
 by_exec() { within_near first-held; }
 section exec many by_exec
-# A relay's last record is in the log when it has ended.
-none_left() { until_true sh -c 'pillion list -o json | jq -e "all(.workloads[]; .verdict == \"notMatched\")"'; }
 section none-left none_left
 section events cat events.json
 systemctl stop pillion

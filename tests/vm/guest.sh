@@ -6,7 +6,7 @@
 kernel() { uname -r; stat -fc %T /sys/fs/cgroup; cat /sys/fs/cgroup/cgroup.controllers; ps -p 1 -o comm=; }
 section kernel kernel
 mkdir -p /etc/pillion/policy.d && cp web.yaml /etc/pillion/policy.d/
-section check pillion check -o json --containerd-socket none
+redirects
 
 section run within_near pillion run --policy limits.yaml -- first
 # The companion's own cgroup, while the command runs.
@@ -44,5 +44,4 @@ section closed container no-agent-closed runc -- /usr/bin/first
 section agent-log cat "$job/agent.log"
 section cleanup pillion cleanup --yes
 section after container after runc -- /usr/bin/first
-left() { find /sys/fs/cgroup -name '*pillion*' -not -path '*/system.slice/*'; ls -d /sys/fs/bpf/pillion /var/lib/pillion /run/pillion; pgrep -a 'pillion$'; true; }
 section left left

@@ -19,6 +19,27 @@ within_near() { nsenter --net=/run/netns/near "$@"; }
 # The deadline is for an emulated machine.
 until_true() { for _ in $(seq 300); do "$@" >/dev/null 2>&1 && return 0; sleep 0.1; done; echo "not in time: $*"; return 1; }
 
+# What redirection does, with policy redirect.yaml: each command is a workload of its own.
+redirects() {
+  ip addr add fd77::2/64 dev far nodad; ip -n near addr add fd77::1/64 dev near nodad
+  section check pillion check -o json --containerd-socket none
+  section out4 within_near pillion run --policy redirect.yaml -- first
+  section out6 within_near pillion run --policy redirect.yaml -- sh -c 'echo six | busybox nc -w 3 fd77::2 8080'
+  # Its companion is killed, and whoever would start it anew is stopped: the kernel refuses, at once.
+  section refused within_near pillion run --policy redirect.yaml -- sh -c '
+    kill -STOP $PPID
+    kill -9 $(cat /sys/fs/cgroup/pillion.slice/process*/companion-r/cgroup.procs)
+    for server in 10.77.0.2 fd77::2; do busybox nc -w 3 $server 8080 </dev/null; echo "$server ended with $?"; done
+    kill -CONT $PPID'
+  section in arriving
+}
+arriving() {
+  local code
+  within_near pillion run --policy redirect.yaml -- busybox nc -l -p 9000 -e cat & local run=$!
+  until_true sh -c 'echo arriving | busybox nc -w 3 10.77.0.1 9000 | grep -q arriving'; code=$?
+  wait $run && return $code
+}
+
 containerd_up() {
   containerd --log-level warn >containerd.log 2>&1 &
   until_true ctr version
@@ -29,12 +50,16 @@ containerd_up() {
 }
 agent_up() {
   systemd-run --quiet --unit pillion --property Type=notify --property KillMode=process --property Delegate=yes \
-    --property StandardError=file:"$job/agent.log" /usr/local/bin/pillion agent --log-format json
+    --property StandardError=file:"$job/agent.log" /usr/local/bin/pillion agent --log-format json "$@"
   until_true pillion list
 }
+# A relay's last record is in the log when it has ended.
+none_left() { until_true sh -c 'pillion list -o json | jq -e "all(.workloads[]; .verdict == \"notMatched\")"'; }
 container() { # NAME RUNTIME [OPTION...] -- [COMMAND...]
   local name=$1 runtime=$2; shift 2
   local options=(); while [ "$1" != -- ]; do options+=("$1"); shift; done; shift
   ctr run --runc-binary "/usr/local/bin/pillion-$runtime" --with-ns network:/run/netns/near --label app=web \
     "${options[@]}" localhost/first:1 "$name" "$@"
 }
+# What is left of Pillion: files, and the companions' cgroups.
+left() { find /sys/fs/cgroup -name '*pillion*' -not -path '*/system.slice/*'; ls -d /sys/fs/bpf/pillion /var/lib/pillion /run/pillion; pgrep -a 'pillion$'; true; }

@@ -22,7 +22,8 @@ pub(crate) type Member = (&'static str, &'static str, &'static str);
 pub(crate) struct Offsets(HashMap<&'static str, u32>);
 
 impl Offsets {
-    pub(crate) fn of_this_kernel(members: &[Member]) -> Result<Self, RedirectError> {
+    /// `optional` are those that not every kernel has: zero where it has not.
+    pub(crate) fn of_this_kernel(members: &[Member], optional: &[Member]) -> Result<Self, RedirectError> {
         let bytes = fs::read(FILE).map_err(RedirectError::sys("cannot read", FILE.as_ref()))?;
         let types = Types::parse(&bytes).ok_or_else(|| RedirectError::Btf("it has another form".into()))?;
         let mut offsets = HashMap::new();
@@ -31,6 +32,9 @@ impl Offsets {
                 .offset(structure, member)
                 .ok_or_else(|| RedirectError::Btf(format!("it has no {structure}.{member}")))?;
             *offsets.entry(global).or_default() += offset;
+        }
+        for (global, structure, member) in optional.iter().copied() {
+            offsets.insert(global, types.offset(structure, member).unwrap_or_default());
         }
         Ok(Self(offsets))
     }
@@ -128,7 +132,7 @@ mod tests {
     fn this_kernel_has_all_of_them() {
         for members in [&crate::exec::MEMBERS[..], &crate::object::MEMBERS] {
             let globals: std::collections::BTreeSet<_> = members.iter().map(|(global, ..)| *global).collect();
-            let offsets = Offsets::of_this_kernel(members).expect("a kernel with BTF");
+            let offsets = Offsets::of_this_kernel(members, &[]).expect("a kernel with BTF");
             assert_eq!(offsets.0.len(), globals.len());
             assert!(offsets.0["OFF_DENTRY_NAME"] > 0);
         }

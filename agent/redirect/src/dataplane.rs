@@ -28,6 +28,7 @@ use pillion_workload::CgroupId;
 use crate::{
     Bpffs, Counters, RedirectError,
     btf::Offsets,
+    features::Kernel,
     links::remove_if_there,
     object::{self, COMPANION_PROGRAMS, Constants, MAPS, WORKLOAD_PROGRAMS},
     rules::{Rules, words4, words6},
@@ -47,6 +48,8 @@ pub struct LoadOptions {
     pub slot_expiry: Duration,
     /// Whether policies may exclude programs: their paths are read from kernel structures, whose form is looked up then.
     pub executables: bool,
+    /// Does without whatever a supported kernel may lack, although this one has it: for tests.
+    pub as_on_the_oldest_kernel: bool,
 }
 
 impl LoadOptions {
@@ -57,6 +60,7 @@ impl LoadOptions {
             slots: SLOTS,
             slot_expiry: Duration::from_secs(900),
             executables: true,
+            as_on_the_oldest_kernel: false,
         }
     }
 }
@@ -107,7 +111,12 @@ impl Dataplane {
             let path = directory.join(part);
             fs::create_dir_all(&path).map_err(RedirectError::sys("cannot create", &path))?;
         }
+        let kernel = if options.as_on_the_oldest_kernel { Kernel::OLDEST } else { Kernel::find()? };
+        kernel
+            .make_room()
+            .map_err(RedirectError::sys("cannot raise the limit of locked memory for", &directory))?;
         let constants = Constants {
+            kernel,
             usable_slots: options.slots.clamp(1, SLOTS),
             // Units of 2^30 ns; see `pillion_common::tag`.
             slot_expiry: u32::try_from(options.slot_expiry.as_nanos() >> 30).unwrap_or(u32::MAX >> 2).max(1),
@@ -115,7 +124,7 @@ impl Dataplane {
         };
         let pins = directory.join("maps");
         let offsets =
-            if options.executables { Some(Offsets::of_this_kernel(&object::MEMBERS)) } else { None };
+            if options.executables { Some(Offsets::of_this_kernel(&object::MEMBERS, &[])) } else { None };
         let offsets = match offsets.transpose() {
             Ok(offsets) => offsets,
             Err(error) => {

@@ -28,6 +28,23 @@ pub enum RedirectError {
         #[source]
         source: Box<aya::programs::ProgramError>,
     },
+    /// The kernel lacks something for which there is no substitute.
+    #[error("this kernel has no {feature}; Linux {since} has, and Pillion needs 5.10 or later")]
+    Kernel {
+        /// What it lacks.
+        feature: &'static str,
+        /// Which kernel has it.
+        since: &'static str,
+    },
+    /// It cannot be told what the kernel has.
+    #[error("cannot try whether this kernel has {feature} (not enough privileges?)")]
+    Probe {
+        /// What was tried.
+        feature: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// A program or map is not in the object.
     #[error("the eBPF object has no {0}")]
     Missing(&'static str),

@@ -244,7 +244,8 @@ impl RedirectGuard {
             return Err(RedirectError::TooManyPorts { companion: name, count: numbers.len() });
         }
         self.attach_companion(&name, ready.cgroup())?;
-        let mut config = CompanionConfig::default();
+        let mut config =
+            CompanionConfig { workload: self.rules.config.workload, ..CompanionConfig::default() };
         for (place, port) in config.ports.iter_mut().zip(&numbers) {
             *place = *port;
         }

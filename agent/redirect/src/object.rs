@@ -16,10 +16,13 @@ use aya_obj::generated::bpf_attach_type::{
 use crate::{
     RedirectError,
     btf::{self, Offsets},
+    features::Kernel,
     sys,
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pillion-ebpf"));
+/// The same programs for kernels without atomic instructions.
+static OLDER_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pillion-ebpf-older"));
 
 /// A program that is attached to cgroups.
 #[derive(Debug, Clone, Copy)]
@@ -65,8 +68,8 @@ pub(crate) const COMPANION_PROGRAMS: [CgroupProgram; 3] = [
 /// On a workload's network namespace, one instance a workload.
 pub(crate) const STEER_PROGRAM: &str = "pl_steer";
 
-/// Every map of the object.
-pub(crate) const MAPS: [&str; 19] = [
+/// Every map of the objects.
+pub(crate) const MAPS: [&str; 20] = [
     "PL_WORKLOADS",
     "PL_COMPANIONS",
     "PL_SLOTS",
@@ -86,6 +89,7 @@ pub(crate) const MAPS: [&str; 19] = [
     "PL_LISTENERS",
     "PL_INBOUND",
     "PL_COUNTERS",
+    "PL_LOCKS",
 ];
 
 /// What the programs read of kernel structures, to tell which program a process executes.
@@ -119,6 +123,7 @@ pub fn is_redirected(cgroup: &Path) -> bool {
 /// Values that are fixed when a program is loaded.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Constants {
+    pub(crate) kernel: Kernel,
     pub(crate) usable_slots: u32,
     pub(crate) slot_expiry: u32,
     pub(crate) steer_workload: u32,
@@ -133,6 +138,7 @@ pub(crate) fn open(
 ) -> Result<Ebpf, RedirectError> {
     let mut loader = EbpfLoader::new();
     loader
+        .override_global("KERNEL", &constants.kernel.bits, true)
         .override_global("USABLE_SLOTS", &constants.usable_slots, true)
         .override_global("SLOT_EXPIRY", &constants.slot_expiry, true)
         .override_global("STEER_WORKLOAD", &constants.steer_workload, true);
@@ -144,7 +150,8 @@ pub(crate) fn open(
             loader.map_pin_path(name, directory.join(name));
         }
     }
-    loader.load(OBJECT).map_err(|error| RedirectError::Object(Box::new(error)))
+    let object = if constants.kernel.atomics { OBJECT } else { OLDER_OBJECT };
+    loader.load(object).map_err(|error| RedirectError::Object(Box::new(error)))
 }
 
 /// Loads one program into the kernel and returns a descriptor of it.

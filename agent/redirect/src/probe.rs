@@ -2,6 +2,7 @@
 
 use crate::{
     RedirectError,
+    features::Kernel,
     object::{self, COMPANION_PROGRAMS, Constants, STEER_PROGRAM, WORKLOAD_PROGRAMS},
 };
 
@@ -18,8 +19,8 @@ pub struct Feature {
 
 /// Loads maps and every program and drops them again. Nothing is attached or pinned.
 pub fn probe() -> Vec<Feature> {
-    let constants = Constants { usable_slots: 1, slot_expiry: 1, steer_workload: 0 };
-    let mut object = match object::open(None, &constants, None) {
+    let constants = |kernel| Constants { kernel, usable_slots: 1, slot_expiry: 1, steer_workload: 0 };
+    let mut object = match Kernel::find().and_then(|kernel| object::open(None, &constants(kernel), None)) {
         Ok(object) => object,
         Err(error) => {
             return vec![Feature {

@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "bpf(2) has no safe wrapper for these commands")]
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     io, mem,
     os::{
         fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
@@ -15,7 +15,7 @@ use std::{
     path::Path,
 };
 
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info};
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_prog_type};
 
 fn bpf(command: bpf_cmd, attr: &bpf_attr) -> io::Result<i32> {
     // SAFETY: `attr` is a whole, initialised bpf_attr; pointers within it are set by the callers from live borrows.
@@ -43,6 +43,33 @@ fn c_path(path: &Path) -> io::Result<CString> {
 #[expect(clippy::cast_sign_loss, reason = "an open descriptor is not negative")]
 fn number(fd: RawFd) -> u32 {
     fd as u32
+}
+
+/// One instruction of eBPF, `struct bpf_insn`: the source register in the upper half of `registers`, the destination in
+/// the lower.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Instruction {
+    pub(crate) code: u8,
+    pub(crate) registers: u8,
+    pub(crate) offset: i16,
+    pub(crate) immediate: i32,
+}
+
+/// `BPF_PROG_LOAD` of a few instructions, to see whether the kernel takes them.
+pub(crate) fn load_instructions(
+    program: bpf_prog_type,
+    attach: bpf_attach_type,
+    instructions: &[Instruction],
+) -> io::Result<OwnedFd> {
+    const LICENSE: &CStr = c"Dual MIT/GPL";
+    let mut attr = zeroed();
+    attr.__bindgen_anon_3.prog_type = program as u32;
+    attr.__bindgen_anon_3.expected_attach_type = attach as u32;
+    attr.__bindgen_anon_3.insn_cnt = u32::try_from(instructions.len()).unwrap_or(u32::MAX);
+    attr.__bindgen_anon_3.insns = instructions.as_ptr() as u64;
+    attr.__bindgen_anon_3.license = LICENSE.as_ptr() as u64;
+    bpf_fd(bpf_cmd::BPF_PROG_LOAD, &attr)
 }
 
 /// `BPF_LINK_CREATE` on a cgroup or network namespace (Linux 5.7).

@@ -15,6 +15,7 @@ use nix::{
     },
     unistd::{AccessFlags, access, geteuid},
 };
+use pillion_redirect::{KernelFeature, Support};
 use procfs::process::MountInfo;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
@@ -27,10 +28,14 @@ const BTF_MAGIC: u16 = 0xeb9f;
 /// The controllers that limits of companions need.
 const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
 
+const GRANT: &str = "grant CAP_BPF and CAP_NET_ADMIN, and use a kernel with CONFIG_BPF_SYSCALL=y and \
+                     CONFIG_CGROUP_BPF=y; in a container, is bpf(2) filtered by seccomp?";
+
 /// Everything about the kernel.
 pub(super) fn checks(paths: &Paths) -> Vec<Finding> {
     let mut findings = vec![release(), btf()];
-    findings.extend(features());
+    findings.extend(kernel_features());
+    findings.extend(programs());
     findings.extend(memlock());
     findings.extend([jit(), bpffs(&paths.pin_root)]);
     match inventory::mounts() {
@@ -72,9 +77,45 @@ fn btf() -> Finding {
     }
 }
 
+/// What programs use and not every kernel has, each with what is different without it.
+fn kernel_features() -> Vec<Finding> {
+    let features = match pillion_redirect::kernel_features() {
+        Ok(features) => features,
+        Err(error) => {
+            return vec![Finding::fail(
+                "kernel features",
+                "not known",
+                format!("{:#}", anyhow::Error::from(error)),
+                if geteuid().is_root() { GRANT } else { RUN_AS_ROOT },
+            )];
+        }
+    };
+    features
+        .into_iter()
+        .map(|feature| {
+            let KernelFeature { name, purpose, since, support } = feature;
+            match support {
+                Support::There => Finding::ok(name, format!("there: {purpose}")),
+                Support::Fallback(differs) => Finding::warn(
+                    name,
+                    format!("fallback: {purpose}"),
+                    format!("this kernel has it not: {differs}"),
+                    format!("none is needed; Linux {since} and later have it"),
+                ),
+                Support::Missing => Finding::fail(
+                    name,
+                    format!("missing: {purpose}"),
+                    "this kernel has it not, and there is no substitute",
+                    format!("use Linux 5.10 or later (this came with {since})"),
+                ),
+            }
+        })
+        .collect()
+}
+
 /// Every program is loaded and every map made, and dropped again. One finding when all is well, else one for each that
 /// the kernel refuses.
-fn features() -> Vec<Finding> {
+fn programs() -> Vec<Finding> {
     let features = pillion_redirect::probe();
     let number = features.len();
     let mut refused: Vec<Finding> = features
@@ -86,12 +127,7 @@ fn features() -> Vec<Finding> {
                 format!("no {}", feature.purpose),
                 // The verifier's log is long and its end tells most.
                 last_lines(&format!("{error:#}"), 12),
-                if geteuid().is_root() {
-                    "grant CAP_BPF and CAP_NET_ADMIN, and use a kernel with CONFIG_BPF_SYSCALL=y and \
-                     CONFIG_CGROUP_BPF=y; in a container, is bpf(2) filtered by seccomp?"
-                } else {
-                    RUN_AS_ROOT
-                },
+                if geteuid().is_root() { GRANT } else { RUN_AS_ROOT },
             ))
         })
         .collect();

@@ -34,7 +34,7 @@ pub use process::let_go_left;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pillion-ebpf-exec"));
 const PROGRAM: &str = "pl_exec";
 /// What the program reads of kernel structures.
-pub(crate) const MEMBERS: [btf::Member; 12] = [
+pub(crate) const MEMBERS: [btf::Member; 15] = [
     ("OFF_BPRM_FILE", "linux_binprm", "file"),
     ("OFF_FILE_DENTRY", "file", "f_path"),
     ("OFF_FILE_DENTRY", "path", "dentry"),
@@ -47,7 +47,12 @@ pub(crate) const MEMBERS: [btf::Member; 12] = [
     ("OFF_TASK_STARTED", "task_struct", "start_boottime"),
     ("OFF_SIGNAL_TTY", "signal_struct", "tty"),
     ("OFF_SIGNAL_PIDS", "signal_struct", "pids"),
+    ("OFF_TASK_CGROUPS", "task_struct", "cgroups"),
+    ("OFF_CGROUPS_DEFAULT", "css_set", "dfl_cgrp"),
+    ("OFF_CGROUP_LEVEL", "cgroup", "level"),
 ];
+/// What newer kernels (6.1) have no more, for which they have a helper.
+const OLDER_MEMBERS: [btf::Member; 1] = [("OFF_CGROUP_ANCESTORS", "cgroup", "ancestor_ids")];
 
 /// `USER_HZ` is 100 on every architecture: a clock tick of proc(5) in nanoseconds.
 const TICK_NS: u64 = 10_000_000;
@@ -152,7 +157,7 @@ impl ExecWatch {
         let directory = directory(pin_root);
         fs::create_dir_all(&directory).map_err(RedirectError::sys("cannot create", &directory))?;
         let pin = directory.join(std::process::id().to_string());
-        let offsets = btf::Offsets::of_this_kernel(&MEMBERS)?;
+        let offsets = btf::Offsets::of_this_kernel(&MEMBERS, &OLDER_MEMBERS)?;
         let mut loader = EbpfLoader::new();
         let patience = u64::try_from(PATIENCE.as_nanos()).unwrap_or(u64::MAX);
         let agent = std::process::id();

@@ -11,7 +11,7 @@ use super::{Told, held};
 use crate::{
     Machine,
     scene::KIND,
-    vm::{Guest, SERVER, records},
+    vm::{Guest, Kernel, SERVER, records},
 };
 
 /// For any number of starts that somebody has the time for.
@@ -33,7 +33,7 @@ pub(super) fn measure(machine: &Machine, starts: u32) -> Result<Vec<Told>> {
         policy("containers", "runtimes: [containerd], labels: { app: web }")?,
         policy("programs", "runtimes: [process], executables: [/usr/local/bin/first-held]")?,
     ];
-    let guest = Guest::run(machine, "gates.sh", files, LIMIT)?;
+    let guest = Guest::run(machine, Kernel::Debian12, "gates.sh", files, LIMIT)?;
     figures(&guest, starts).with_context(|| format!("the guest printed:\n{}", guest.printed))
 }
 
