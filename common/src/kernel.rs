@@ -9,5 +9,5 @@ pub const COARSE_CLOCK: u32 = 1 << 1;
 /// `bpf_get_netns_cookie` where `getsockopt` is answered (Linux 5.15). Else the workload's number stands for its
 /// network namespace in keys.
 pub const NETNS_OF_OPTIONS: u32 = 1 << 2;
-/// `sk_lookup` programs are told the interface (Linux 5.17). Else only the addresses tell what this host sent to itself.
+/// `sk_lookup` programs are told the interface (Linux 5.17). Else the destination tells what is for loopback: 127.0.0.0/8 and `::1`.
 pub const ARRIVAL_INTERFACE: u32 = 1 << 3;

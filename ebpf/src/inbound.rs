@@ -19,6 +19,8 @@ use crate::{
     socket::{IPPROTO_TCP, TCP_LISTEN, is_local4, is_local6, is_mapped, read},
 };
 
+/// A socket that another program of the namespace has selected before is not taken.
+const BPF_SK_LOOKUP_F_REPLACE: u64 = 1;
 /// Index of the loopback interface in every network namespace.
 const LOOPBACK_INTERFACE: u32 = 1;
 
@@ -28,7 +30,12 @@ pub fn pl_steer(ctx: SkLookupContext) -> u32 {
     if read!((*ctx).protocol) != IPPROTO_TCP {
         return SK_PASS;
     }
-    if kernel_has(kernel::ARRIVAL_INTERFACE) && read!((*ctx).ingress_ifindex) == LOOPBACK_INTERFACE {
+    // What comes by loopback to another address than the interface's own counts as arriving at that address's interface.
+    if kernel_has(kernel::ARRIVAL_INTERFACE) {
+        if read!((*ctx).ingress_ifindex) == LOOPBACK_INTERFACE {
+            return SK_PASS;
+        }
+    } else if is_for_loopback(ctx) {
         return SK_PASS;
     }
     let workload = STEER_WORKLOAD.load();
@@ -44,7 +51,7 @@ pub fn pl_steer(ctx: SkLookupContext) -> u32 {
     if !sk.is_null() {
         let steered = read!((*sk.cast::<bpf_sock>()).state) == TCP_LISTEN
             // SAFETY: context and referenced socket.
-            && unsafe { bpf_sk_assign(ctx.cast(), sk, 0) } == 0;
+            && unsafe { bpf_sk_assign(ctx.cast(), sk, BPF_SK_LOOKUP_F_REPLACE) } == 0;
         // SAFETY: the reference taken above.
         unsafe { bpf_sk_release(sk) };
         if steered {
@@ -54,10 +61,25 @@ pub fn pl_steer(ctx: SkLookupContext) -> u32 {
     }
     if rule.flags & flags::FAIL_CLOSED != 0 {
         count(Counter::InboundFailedClosed);
+        // The kernel heeds this unless another's program selects a socket, which cannot be taken back.
         return SK_DROP;
     }
     count(Counter::InboundFailedOpen);
     SK_PASS
+}
+
+/// Whether it is for 127.0.0.0/8 or `::1`.
+#[inline(always)]
+fn is_for_loopback(ctx: *mut bpf_sk_lookup) -> bool {
+    if read!((*ctx).family) == u32::from(AF_INET) {
+        return is_local4(read!((*ctx).local_ip4));
+    }
+    is_local6(&[
+        read!((*ctx).local_ip6[0]),
+        read!((*ctx).local_ip6[1]),
+        read!((*ctx).local_ip6[2]),
+        read!((*ctx).local_ip6[3]),
+    ])
 }
 
 /// The family of a packet from another host; `None` for one of this host.

@@ -32,6 +32,7 @@ use crate::{
         ErrorResponse, ExplainRequest, ExplainResponse, OverrideRequest, ReloadResponse, StatusResponse,
         WorkloadDetail, WorkloadSummary, WorkloadsResponse, path,
     },
+    conflicts,
     controller::{Override, OverrideRefused, Pulse, Request},
     http::Listener,
     metrics::{self, Metrics},
@@ -123,7 +124,14 @@ async fn workload(
 ) -> Result<Json<WorkloadDetail>, Refusal> {
     let id = workload_id(id)?;
     let found = admin.ask(|reply| Request::Workload(id.clone(), reply)).await?;
-    found.map(Json).ok_or_else(|| OverrideRefused::Unknown(id).into())
+    let mut detail = found.ok_or(OverrideRefused::Unknown(id))?;
+    // Looks at every process's descriptors where somebody else has programs for the same sockets.
+    if let Some(looked) = conflicts::of(&detail)
+        && let Ok(neighbours) = tokio::task::spawn_blocking(looked).await
+    {
+        detail.neighbours = neighbours;
+    }
+    Ok(Json(detail))
 }
 
 #[derive(Debug, Deserialize)]

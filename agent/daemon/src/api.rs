@@ -23,6 +23,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use pillion_redirect::Neighbour;
 use pillion_workload::{
     CompanionName, FailureMode, FirstInstruction, Gate, Instance, Plan, PolicyName, RuntimeKind, Subject,
     WorkloadId,
@@ -349,6 +350,9 @@ pub(crate) struct WorkloadDetail {
     pub(crate) reasons: Vec<ReasonInfo>,
     /// Its latest events, oldest first.
     pub(crate) events: Vec<EventRecord>,
+    /// eBPF programs of others that run for the same sockets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) neighbours: Vec<Neighbour>,
 }
 
 /// Companion ports in the workload's network namespace.

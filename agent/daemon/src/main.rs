@@ -12,6 +12,7 @@ mod cleanup;
 mod cli;
 mod client;
 mod config;
+mod conflicts;
 mod controller;
 mod event_log;
 mod exec_gate;

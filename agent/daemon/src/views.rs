@@ -10,7 +10,7 @@ use crate::{
         ReasonOutcome, SourceState, StatusResponse, Timestamp, Verdict, WorkloadDetail, WorkloadSummary,
         WorkloadsResponse,
     },
-    plan_text,
+    conflicts, plan_text,
     render::{self, Cell, Paint, Table, Tone, View, facts, indent, plain_lines, span},
 };
 
@@ -197,6 +197,10 @@ impl View for WorkloadDetail {
         }
         if let Some(plan) = &self.plan {
             let _ = write!(out, "\nPlan:\n{}", indent(&plan_text::in_words(plan), 2));
+        }
+        if !self.neighbours.is_empty() {
+            let told = conflicts::table(&self.neighbours, paint);
+            let _ = write!(out, "\nPrograms of others:\n{}", indent(&told, 2));
         }
         let _ = write!(out, "\nPolicies:\n{}", indent(&reasons(&self.reasons, paint), 2));
         if !self.events.is_empty() {

@@ -45,6 +45,19 @@ pub enum RedirectError {
         #[source]
         source: io::Error,
     },
+    /// Another's program lets none beside it.
+    #[error(
+        "another eBPF program was attached for {attach_type} so that nothing can be attached beside or below it: {programs}"
+    )]
+    Exclusive {
+        /// Where it runs.
+        attach_type: String,
+        /// Which it is, and whose.
+        programs: String,
+        /// The kernel's refusal.
+        #[source]
+        source: Box<RedirectError>,
+    },
     /// A program or map is not in the object.
     #[error("the eBPF object has no {0}")]
     Missing(&'static str),

@@ -168,7 +168,7 @@ const FEATURES: [Needed; 11] = [
         "5.17",
         Without::Bit(
             kernel::ARRIVAL_INTERFACE,
-            "what a workload sends to itself from one of its addresses to another is taken for arriving",
+            "what a workload sends itself at an address of its loopback interface, other than that interface's own, is taken for arriving",
         ),
         LOOKUP,
         // r0 = *(u32 *)(r1 + 64)

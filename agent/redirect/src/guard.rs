@@ -16,7 +16,7 @@ use pillion_workload::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Dataplane, RedirectError,
+    Dataplane, RedirectError, conflicts,
     links::{Link, directory_name, open_directory, remove_if_there},
     object::{COMPANION_PROGRAMS, CgroupProgram, STEER_PROGRAM, WORKLOAD_PROGRAMS},
     rules::{Rules, first_table},
@@ -440,8 +440,9 @@ impl RedirectGuard {
             {
                 let loaded = self.dataplane.program(program.name)?;
                 let pin = self.pin(program.name);
-                let link = Link::attach(loaded, cgroup.as_fd(), program.attach_type, pin)?;
-                self.outbound.push((program.name, link));
+                let link = Link::attach(loaded, cgroup.as_fd(), program.attach_type, pin);
+                let blame = |error| conflicts::explained(error, &self.cgroup.path, program.attach_type);
+                self.outbound.push((program.name, link.map_err(blame)?));
             }
         }
         if wanted.is_empty() && !self.outbound.is_empty() {
@@ -475,7 +476,8 @@ impl RedirectGuard {
         for program in self.companion_programs() {
             let loaded = self.dataplane.program(program.name)?;
             let pin = self.companion_pin(name, program.name);
-            links.push(Link::attach(loaded, target.as_fd(), program.attach_type, pin)?);
+            let link = Link::attach(loaded, target.as_fd(), program.attach_type, pin);
+            links.push(link.map_err(|error| conflicts::explained(error, &cgroup.path, program.attach_type))?);
         }
         self.companions.insert(name.clone(), (cgroup.id, links));
         Ok(())

@@ -16,6 +16,7 @@
 
 mod bpffs;
 mod btf;
+mod conflicts;
 mod counters;
 mod dataplane;
 mod error;
@@ -34,6 +35,7 @@ mod sys;
 mod tables;
 
 pub use bpffs::{Bpffs, MOUNT_SOURCE};
+pub use conflicts::{Neighbour, Order, neighbours_of, neighbours_on_machine};
 pub use counters::Counters;
 pub use dataplane::{Dataplane, LoadOptions};
 pub use error::RedirectError;

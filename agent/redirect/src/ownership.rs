@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     error::Error,
     fs, io,
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
 
@@ -16,9 +17,9 @@ use aya::{
     programs::{ProgramInfo, loaded_links, loaded_programs},
 };
 
-use crate::{Inventory, KernelObject, bpffs};
+use crate::{Inventory, KernelObject, bpffs, sys};
 
-const PROGRAM_PREFIX: &str = "pl_";
+pub(crate) const PROGRAM_PREFIX: &str = "pl_";
 const MAP_PREFIX: &str = "PL_";
 /// Deeper trees of pins are not ours.
 const DEEPEST: usize = 16;
@@ -169,6 +170,48 @@ fn bpf_mounts() -> io::Result<Vec<PathBuf>> {
     Ok(mounts.filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).collect())
 }
 
+/// Who holds these programs, or links that run them, on this machine: each pin by its path, each process by pid and name. Those
+/// that cannot be looked at are left out.
+pub(crate) fn holders_of(programs: &BTreeSet<u32>) -> BTreeMap<u32, Vec<String>> {
+    let mut holders: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+    let pins =
+        bpf_mounts().unwrap_or_default().into_iter().filter_map(|mount| pins_below(&mount).ok()).flatten();
+    for pin in pins {
+        // The kernel says of a descriptor of a program or a link which program it is.
+        let Ok(held) = sys::get_pinned(&pin) else { continue };
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", held.as_raw_fd())).unwrap_or_default();
+        if let Some(program) = program_of(&info).filter(|program| programs.contains(program)) {
+            holders.entry(program).or_default().push(format!("pinned at {}", pin.display()));
+        }
+    }
+    let own = std::process::id().to_string();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Ok(pid) = process.file_name().into_string() else { continue };
+        if pid == own || pid.parse::<u32>().is_err() {
+            continue;
+        }
+        let mut held = BTreeSet::new();
+        for descriptor in fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten() {
+            let is_bpf = fs::read_link(descriptor.path())
+                .is_ok_and(|target| target.to_string_lossy().starts_with("anon_inode:bpf"));
+            if is_bpf {
+                let info = process.path().join("fdinfo").join(descriptor.file_name());
+                held.extend(program_of(&fs::read_to_string(info).unwrap_or_default()));
+            }
+        }
+        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        for program in held.intersection(programs) {
+            holders.entry(*program).or_default().push(format!("process {pid} ({})", name.trim_end()));
+        }
+    }
+    holders
+}
+
+/// `prog_id:` in `/proc/PID/fdinfo/FD`.
+fn program_of(info: &str) -> Option<u32> {
+    info.lines().find_map(|line| line.strip_prefix("prog_id:")?.trim().parse().ok())
+}
+
 /// Ids of all programs that a process other than this one holds open: `prog_id:` in `/proc/PID/fdinfo/FD`.
 fn programs_in_use() -> io::Result<BTreeSet<u32>> {
     let mut ids = BTreeSet::new();
@@ -186,9 +229,7 @@ fn programs_in_use() -> io::Result<BTreeSet<u32>> {
             if is_program {
                 let info = process.path().join("fdinfo").join(descriptor.file_name());
                 let text = fs::read_to_string(info).unwrap_or_default();
-                ids.extend(
-                    text.lines().find_map(|line| line.strip_prefix("prog_id:")?.trim().parse::<u32>().ok()),
-                );
+                ids.extend(program_of(&text));
             }
         }
     }

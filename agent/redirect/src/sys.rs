@@ -114,25 +114,39 @@ pub(crate) fn cgroup_link_is_attached(link: BorrowedFd<'_>) -> io::Result<bool> 
     Ok(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id } != 0)
 }
 
-/// `BPF_PROG_QUERY` with `BPF_F_QUERY_EFFECTIVE`: the ids of the programs that run for this cgroup, also those attached
-/// above it (Linux 4.15).
+/// The ids of the programs that run for this cgroup, also those attached above it, in the order in which they run (Linux 4.15).
 pub(crate) fn effective_programs(
     cgroup: BorrowedFd<'_>,
     attach_type: bpf_attach_type,
 ) -> io::Result<Vec<u32>> {
     const EFFECTIVE: u32 = 1;
-    // The kernel runs at most 64 on one cgroup, and ours is among the first that are attached above it.
+    Ok(query(cgroup, attach_type, EFFECTIVE)?.0)
+}
+
+/// The ids of the programs that are attached to this very cgroup or network namespace, in their order, and with which flags
+/// of `BPF_PROG_ATTACH` (Linux 4.15).
+pub(crate) fn attached_programs(
+    target: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<(Vec<u32>, u32)> {
+    query(target, attach_type, 0)
+}
+
+/// `BPF_PROG_QUERY`.
+fn query(target: BorrowedFd<'_>, attach_type: bpf_attach_type, flags: u32) -> io::Result<(Vec<u32>, u32)> {
+    // The kernel runs at most 64 of one cgroup, and ours is among the first that are attached above it.
     let mut ids = [0_u32; 256];
     let mut attr = zeroed();
-    attr.query.__bindgen_anon_1.target_fd = number(cgroup.as_raw_fd());
+    attr.query.__bindgen_anon_1.target_fd = number(target.as_raw_fd());
     attr.query.attach_type = attach_type as u32;
-    attr.query.query_flags = EFFECTIVE;
+    attr.query.query_flags = flags;
     attr.query.prog_ids = ids.as_mut_ptr() as u64;
     attr.query.__bindgen_anon_2.prog_cnt = u32::try_from(ids.len()).unwrap_or(0);
     bpf(bpf_cmd::BPF_PROG_QUERY, &attr)?;
-    // SAFETY: the command has written how many there are.
-    let count = unsafe { attr.query.__bindgen_anon_2.prog_cnt };
-    Ok(ids.iter().take(usize::try_from(count).unwrap_or(0)).copied().collect())
+    // SAFETY: the command has written how many there are, and the flags.
+    let (count, attached) = unsafe { (attr.query.__bindgen_anon_2.prog_cnt, attr.query.attach_flags) };
+    let ids = ids.iter().take(usize::try_from(count).unwrap_or(0)).copied().collect();
+    Ok((ids, attached))
 }
 
 /// `BPF_OBJ_PIN`.

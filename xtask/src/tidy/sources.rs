@@ -18,6 +18,7 @@ const UNSAFE: &[&str] = &[
     "agent/companion/src/relay/outq.rs",
     "agent/runtime/src/pidfd.rs",
     "agent/daemon/src/memory.rs",
+    "tests/src/foreign/bpf.rs",
     // aya-build is configured by this process's environment.
     "agent/redirect/build.rs",
 ];

@@ -6,6 +6,7 @@
 mod hooks;
 mod kernel;
 mod machine;
+mod neighbours;
 mod privileges;
 
 use std::{fmt::Write as _, process::ExitCode};
@@ -141,6 +142,7 @@ pub(crate) async fn main(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     }
     checks.extend(hooks::checks(args));
     checks.push(machine::ports());
+    checks.extend(neighbours::checks());
     checks.extend(leftovers);
     let verdict = checks.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok);
     render::print(&Report { verdict, checks }, args.output.format)?;

@@ -147,6 +147,7 @@ impl Controller {
             ports: view.and_then(|view| view.redirect.as_ref()).map(ports),
             reasons: self.reasons(&entry.workload.subject).1,
             events: self.events.of(id, EVENTS_SHOWN),
+            neighbours: Vec::new(),
         })
     }
 
@@ -161,6 +162,7 @@ impl Controller {
             ports: None,
             reasons: self.reasons(&known.subject).1,
             events: self.events.of(id, EVENTS_SHOWN),
+            neighbours: Vec::new(),
         })
     }
 
