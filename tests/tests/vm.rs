@@ -52,7 +52,7 @@ fn redirection_on_the_oldest_kernel() -> Result<()> {
 fn redirect() -> String {
     format!(
         "{KIND}metadata: {{ name: redirect }}\nspec:\n  select: {{ runtimes: [process] }}\n  \
-         companions: [{{ name: r, builtin: relay }}]\n  redirect:\n    outbound: [{{ to: r }}]\n    \
+         companions: [{{ name: r, builtin: relay }}]\n  redirect:\n    outbound: [{{ to: r, exclude: {{ ports: [81] }} }}]\n    \
          inbound: [{{ ports: [9000], to: r }}]\n  onFailure: closed\n"
     )
 }
@@ -177,6 +177,18 @@ impl Story<'_> {
             ensure!(record["destination"] == destination && record["direction"] == direction, "{text}");
             ensure!(record["bytes_received"].as_u64() > Some(0), "{text}");
         }
+        self.0.ok("ipvs-up")?;
+        let (service, excluded) = (self.0.ok("ipvs-80")?, self.0.ok("ipvs-81")?);
+        ensure!(service.contains("service\n") || service.contains("service\r"), "{service}");
+        ensure!(excluded.contains("service\n") || excluded.contains("service\r"), "{excluded}");
+        let to_service = records(service);
+        ensure!(
+            to_service.len() == 1
+                && to_service[0]["destination"] == "10.96.0.10:80"
+                && to_service[0]["outcome"] == "ok",
+            "{service}"
+        );
+        ensure!(records(excluded).is_empty(), "{excluded}");
         let refused = self.0.ok("refused")?;
         for server in ["10.77.0.2", "fd77::2"] {
             ensure!(refused.contains(&format!("{server} ended with 1")), "{refused}");

@@ -32,6 +32,19 @@ redirects() {
     for server in 10.77.0.2 fd77::2; do busybox nc -w 3 $server 8080 </dev/null; echo "$server ended with $?"; done
     kill -CONT $PPID'
   section in arriving
+  # Services of IPVS, as kube-proxy makes them on a node; the second one is excluded.
+  section ipvs-up ipvs_up
+  for port in 80 81; do
+    section ipvs-$port within_near pillion run --policy redirect.yaml -- sh -c "echo service | busybox nc -w 3 10.96.0.10 $port"
+  done
+}
+ipvs_up() {
+  modprobe ip_vs_rr && ip link add kube-ipvs0 type dummy && ip addr add 10.96.0.10/32 dev kube-ipvs0 &&
+    ip -n near route add default via 10.77.0.2 && sysctl -w net.ipv4.vs.conntrack=1
+  local port; for port in 80 81; do
+    ipvsadm -A -t 10.96.0.10:$port -s rr && ipvsadm -a -t 10.96.0.10:$port -r 10.77.0.2:8080 -m || return
+  done
+  ipvsadm -L -n
 }
 arriving() {
   local code
