@@ -59,6 +59,7 @@ pub struct Record {
     pub ts: String,
     pub workload: String,
     pub direction: String,
+    pub protocol: String,
     pub source: SocketAddr,
     pub destination: Option<SocketAddr>,
     pub bytes_sent: u64,

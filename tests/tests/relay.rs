@@ -96,8 +96,8 @@ fn a_thousand_connections_are_byte_exact_and_have_a_record_each() -> Result<()> 
         let records = run.wait_for_records(1000)?;
         for record in &records {
             assert_eq!(
-                (record.direction.as_str(), record.outcome.as_str()),
-                ("outbound", "ok"),
+                (record.direction.as_str(), record.protocol.as_str(), record.outcome.as_str()),
+                ("outbound", "tcp", "ok"),
                 "{record:?}"
             );
             assert_eq!(record.workload, records[0].workload);

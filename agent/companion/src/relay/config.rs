@@ -28,6 +28,9 @@ pub struct RelayConfig {
     /// Port on loopback for connections that the workload makes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outbound_port: Option<u16>,
+    /// Whether UDP is relayed on the outbound port, too.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub udp: bool,
     /// Port on loopback for connections that the workload accepts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inbound_port: Option<u16>,
@@ -63,6 +66,7 @@ impl RelayConfig {
             workload,
             name,
             outbound_port: None,
+            udp: false,
             inbound_port: None,
             max_connections: DEFAULT_MAX_CONNECTIONS,
             connect_timeout_ms: DEFAULT_CONNECT_TIMEOUT_MS,
@@ -82,6 +86,9 @@ impl RelayConfig {
         }
         if self.outbound_port == Some(0) {
             return fault("outbound_port", "must be from 1 to 65535");
+        }
+        if self.udp && self.outbound_port.is_none() {
+            return fault("udp", "needs outbound_port");
         }
         if self.inbound_port == Some(0) {
             return fault("inbound_port", "must be from 1 to 65535");
@@ -110,6 +117,11 @@ impl RelayConfig {
     }
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 fn default_max_connections() -> u32 {
     DEFAULT_MAX_CONNECTIONS
 }
@@ -135,7 +147,8 @@ mod tests {
     #[test]
     fn each_rule_names_its_field() {
         type Change = fn(&mut RelayConfig);
-        let cases: [(&str, Change); 10] = [
+        let cases: [(&str, Change); 11] = [
+            ("udp", |c| (c.outbound_port, c.inbound_port, c.udp) = (None, Some(1), true)),
             ("outbound_port", |c| c.outbound_port = None),
             ("outbound_port", |c| c.outbound_port = Some(0)),
             ("inbound_port", |c| c.inbound_port = Some(0)),
@@ -159,6 +172,14 @@ mod tests {
     fn json_is_strict_and_fills_in_defaults() {
         let json = r#"{"workload":"process/1-2","name":"r","outbound_port":15001}"#;
         assert_eq!(serde_json::from_str::<RelayConfig>(json).unwrap(), valid());
+        let udp = json.replace('}', ",\"udp\":true}");
+        assert_eq!(
+            serde_json::to_string(&serde_json::from_str::<RelayConfig>(&udp).unwrap())
+                .unwrap()
+                .matches("\"udp\":true")
+                .count(),
+            1
+        );
         let back = serde_json::to_string(&valid()).unwrap();
         assert_eq!(serde_json::from_str::<RelayConfig>(&back).unwrap(), valid());
         for bad in [

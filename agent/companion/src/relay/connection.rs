@@ -20,7 +20,7 @@ use rustix::{
 use super::{
     outq::unacknowledged,
     peer::Peer,
-    record::{Direction, Outcome, Record},
+    record::{Direction, Outcome, Protocol, Record},
     socket::reset,
 };
 
@@ -254,6 +254,7 @@ impl Connection {
         let record = Record {
             accepted: self.accepted_at,
             direction: self.direction,
+            protocol: Protocol::Tcp,
             source: self.source,
             destination: Some(self.destination),
             bytes_sent: upstream.taken,

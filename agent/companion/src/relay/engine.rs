@@ -22,9 +22,10 @@ use rustix::{
 
 use super::{
     connection::{CHUNK, Connection, Progress, Side},
+    datagram::{DatagramListener, Datagrams, Tools},
     metrics::Metrics,
     origin::{OriginalDestination, own_address, plain, source},
-    record::{Direction, Outcome, Record, Records},
+    record::{Direction, Outcome, Protocol, Record, Records},
     slab::{Slab, Token},
     socket::{self, Listener},
 };
@@ -46,11 +47,16 @@ const FLUSH: Duration = Duration::from_secs(30);
 const STOP: u64 = u64::MAX;
 /// Events of listener `n` are `LISTENER + n`; the places of connections never reach that high.
 const LISTENER: u64 = u64::MAX - 16;
+/// The same for datagrams.
+const DATAGRAMS: u64 = u64::MAX - 8;
 
 /// What bounds a relay.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     pub(super) connections: usize,
+    pub(super) flows: usize,
+    /// How long a flow of datagrams may be quiet: in general, and after the answer of a resolver.
+    pub(super) quiet: [Duration; 2],
     pub(super) connect_timeout: Duration,
     pub(super) drain_grace: Duration,
 }
@@ -80,7 +86,8 @@ pub(super) struct Relay {
     metrics: Metrics,
     records: Records,
     phase: Phase,
-    connections: Slab,
+    connections: Slab<Connection>,
+    datagrams: Datagrams,
     /// Being dialled, by deadline.
     dialling: VecDeque<(Instant, Token)>,
     dialling_count: usize,
@@ -97,7 +104,7 @@ impl Relay {
     /// # Errors
     /// No descriptor for epoll.
     pub(super) fn new(
-        listeners: Vec<Listener>,
+        (listeners, datagrams): (Vec<Listener>, Vec<DatagramListener>),
         origin: OriginalDestination,
         limits: Limits,
         (metrics, records): (Metrics, Records),
@@ -109,6 +116,8 @@ impl Relay {
             let data = EventData::new_u64(LISTENER + number);
             epoll::add(&epoll, &listener.socket, data, EventFlags::IN | EventFlags::ET)?;
         }
+        let bounds = (limits.flows, limits.quiet);
+        let datagrams = Datagrams::new(datagrams, origin, bounds, &epoll, DATAGRAMS)?;
         Ok(Self {
             epoll,
             stop,
@@ -119,6 +128,7 @@ impl Relay {
             records,
             phase: Phase::Serving,
             connections: Slab::default(),
+            datagrams,
             dialling: VecDeque::new(),
             dialling_count: 0,
             flushing: Vec::new(),
@@ -138,6 +148,7 @@ impl Relay {
         loop {
             if let Phase::Draining(_) = self.phase
                 && self.connections.len() == 0
+                && self.datagrams.is_over()
             {
                 return Ok(self.records);
             }
@@ -158,20 +169,36 @@ impl Relay {
                     self.advance(token, now);
                 }
             }
+            self.with_datagrams(|datagrams, tools, scratch| datagrams.work(tools, scratch, now));
             self.check_deadlines(now);
         }
+    }
+
+    fn with_datagrams(&mut self, work: impl FnOnce(&mut Datagrams, &Tools<'_>, &mut [u8])) {
+        let tools = Tools { epoll: &self.epoll, metrics: &self.metrics, records: &self.records };
+        work(&mut self.datagrams, &tools, &mut self.scratch);
     }
 
     fn handle(&mut self, event: u64, flags: EventFlags, now: Instant) {
         if event == STOP {
             return self.stop_requested(now);
         }
+        if event >= DATAGRAMS {
+            let number = usize::try_from(event - DATAGRAMS).expect("at most 8");
+            if self.datagrams.note_listener(number, flags) {
+                self.drain(now);
+            }
+            return;
+        }
         if event >= LISTENER {
-            let number = usize::try_from(event - LISTENER).expect("at most 16");
+            let number = usize::try_from(event - LISTENER).expect("at most 8");
             // A listener that is gone had its last event in the same batch.
             if let Some(waiting) = self.listeners.get_mut(number) {
                 waiting.ready = true;
             }
+            return;
+        }
+        if self.datagrams.note(event, flags) {
             return;
         }
         let (token, side) = Token::of_event(event);
@@ -311,6 +338,7 @@ impl Relay {
                 self.finished(Record {
                     accepted: accepted_at,
                     direction,
+                    protocol: Protocol::Tcp,
                     source,
                     destination,
                     bytes_sent: 0,
@@ -361,6 +389,7 @@ impl Relay {
         for waiting in self.listeners.drain(..) {
             waiting.listener.close();
         }
+        self.with_datagrams(|datagrams, tools, scratch| datagrams.drain(tools, scratch, now));
     }
 
     fn check_deadlines(&mut self, now: Instant) {
@@ -375,6 +404,7 @@ impl Relay {
             for token in self.connections.tokens() {
                 self.end(token, Outcome::Drained, now);
             }
+            self.with_datagrams(|datagrams, tools, scratch| datagrams.close_all(tools, scratch, now));
         }
     }
 
@@ -419,7 +449,7 @@ impl Relay {
     /// How long the kernel may wait; for ever when nothing is due.
     fn timeout(&self) -> Option<Timespec> {
         let backlog = self.has_room() && self.listeners.iter().any(|waiting| waiting.ready);
-        if backlog || !self.turns.is_empty() {
+        if backlog || !self.turns.is_empty() || self.datagrams.has_work() {
             return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         }
         let drain = match self.phase {
@@ -428,7 +458,8 @@ impl Relay {
         };
         let flush = (!self.flushing.is_empty()).then_some(self.flush_check);
         let dial = self.dialling.front().map(|(deadline, _)| *deadline);
-        let due = [self.accept_after, drain, flush, dial].into_iter().flatten().min()?;
+        let due =
+            [self.accept_after, drain, flush, dial, self.datagrams.due()].into_iter().flatten().min()?;
         let left = due.saturating_duration_since(Instant::now());
         // Every wait is bounded by a day in the configuration, far below what either type holds.
         Some(Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }))

@@ -33,6 +33,21 @@ struct ConnectionLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FlowLabels {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DatagramLabels {
+    way: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LostLabels {
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByteLabels {
     direction: &'static str,
     way: &'static str,
@@ -42,7 +57,11 @@ struct ByteLabels {
 pub(super) struct Metrics {
     connections: Vec<Counter>,
     bytes: Vec<Counter>,
+    flows: Vec<Counter>,
+    datagrams: Vec<Counter>,
+    lost: Vec<Counter>,
     pub(super) open: Gauge<i64, AtomicI64>,
+    pub(super) open_flows: Gauge<i64, AtomicI64>,
     pub(super) records_dropped: Counter,
 }
 
@@ -52,6 +71,9 @@ impl Metrics {
         let mut registry = Registry::with_prefix("pillion_relay");
         let connections = Family::<ConnectionLabels, Counter>::default();
         let bytes = Family::<ByteLabels, Counter>::default();
+        let flows = Family::<FlowLabels, Counter>::default();
+        let datagrams = Family::<DatagramLabels, Counter>::default();
+        let lost = Family::<LostLabels, Counter>::default();
         let metrics = Self {
             connections: Direction::ALL
                 .iter()
@@ -69,11 +91,25 @@ impl Metrics {
                     bytes.get_or_create(&ByteLabels { direction: direction.as_str(), way }).clone()
                 })
                 .collect(),
+            flows: Outcome::ALL
+                .map(|outcome| flows.get_or_create(&FlowLabels { outcome: outcome.as_str() }).clone())
+                .into(),
+            datagrams: ["sent", "received"]
+                .map(|way| datagrams.get_or_create(&DatagramLabels { way }).clone())
+                .into(),
+            lost: Outcome::ALL
+                .map(|outcome| lost.get_or_create(&LostLabels { reason: outcome.as_str() }).clone())
+                .into(),
             open: Gauge::default(),
+            open_flows: Gauge::default(),
             records_dropped: Counter::default(),
         };
         registry.register("connections", "Connections that ended, by outcome", connections);
         registry.register("bytes", "Bytes relayed; sent is from client to upstream", bytes);
+        registry.register("flows", "Flows of datagrams that ended, by outcome", flows);
+        registry.register("datagrams", "Datagrams relayed; sent is from client to upstream", datagrams);
+        registry.register("datagrams_lost", "Datagrams that could not be passed on, by reason", lost);
+        registry.register("open_flows", "Flows of datagrams that may go on", metrics.open_flows.clone());
         registry.register("open_connections", "Connections being relayed", metrics.open.clone());
         registry.register(
             "records_dropped",
@@ -86,6 +122,21 @@ impl Metrics {
     /// The counter of connections that ended so.
     pub(super) fn connections(&self, direction: Direction, outcome: Outcome) -> &Counter {
         &self.connections[direction as usize * Outcome::ALL.len() + outcome as usize]
+    }
+
+    /// The counter of flows that ended so.
+    pub(super) fn flows(&self, outcome: Outcome) -> &Counter {
+        &self.flows[outcome as usize]
+    }
+
+    /// The counter of datagrams from client to upstream (`sent`) or back.
+    pub(super) fn datagrams(&self, sent: bool) -> &Counter {
+        &self.datagrams[usize::from(!sent)]
+    }
+
+    /// The counter of datagrams that were lost for this reason.
+    pub(super) fn lost(&self, reason: Outcome) -> &Counter {
+        &self.lost[reason as usize]
     }
 
     /// The counter of bytes from client to upstream (`sent`) or back.
@@ -191,6 +242,21 @@ mod tests {
                 ));
             }
         }
+        for outcome in Outcome::ALL {
+            value += 2;
+            metrics.flows(outcome).inc_by(value);
+            metrics.lost(outcome).inc_by(value + 1);
+            let (outcome, more) = (outcome.as_str(), value + 1);
+            wanted.push(format!("pillion_relay_flows_total{{outcome=\"{outcome}\"}} {value}\n"));
+            wanted.push(format!("pillion_relay_datagrams_lost_total{{reason=\"{outcome}\"}} {more}\n"));
+        }
+        for (way, sent) in [("sent", true), ("received", false)] {
+            value += 2;
+            metrics.datagrams(sent).inc_by(value);
+            wanted.push(format!("pillion_relay_datagrams_total{{way=\"{way}\"}} {value}\n"));
+        }
+        metrics.open_flows.set(4);
+        wanted.push("pillion_relay_open_flows 4\n".to_owned());
         metrics.open.set(3);
         wanted.push("pillion_relay_open_connections 3\n".to_owned());
         metrics.records_dropped.inc();

@@ -1,10 +1,10 @@
-//! The embedded relay, `builtin: relay`: a transparent TCP relay in one process, without privileges, that needs nothing.
+//! The embedded relay, `builtin: relay`: a transparent relay of TCP, and of UDP where it is told so, in one process, without privileges, that needs nothing.
 //! It dials where each redirected connection wanted to go and copies bytes both ways. Never looks into them, never
 //! redirects anything itself, never talks to the agent but by records on stdout and metrics on a unix socket.
 //!
 //! # The walk of a connection
 //! `engine` accepts it, `origin` finds its original destination, `socket` dials that, `connection` copies
-//! (`peer` is one of its two sockets), `record` writes its JSON line, `metrics` counts it.
+//! (`peer` is one of its two sockets), `record` writes its JSON line, `metrics` counts it. UDP is in `datagram`.
 //!
 //! # What is kept of TCP
 //! - *Ends*: each direction ends by itself; the end of a stream is passed on after its last byte. There is no idle
@@ -43,6 +43,7 @@
 
 mod config;
 mod connection;
+mod datagram;
 mod engine;
 mod metrics;
 mod origin;
@@ -74,6 +75,7 @@ pub use config::{
     DEFAULT_CONNECT_TIMEOUT_MS, DEFAULT_DRAIN_GRACE_MS, DEFAULT_MAX_CONNECTIONS, InvalidRelayConfig,
     RelayConfig,
 };
+use datagram::{DatagramListener, FLOWS, QUIET};
 use engine::{Limits, Relay};
 use metrics::Metrics;
 use origin::OriginalDestination;
@@ -128,8 +130,11 @@ impl RelayError {
 fn run(config: RelayConfig, listening: impl FnOnce()) -> Result<(), RelayError> {
     config.validate()?;
     let stop = stop_requests().map_err(RelayError::system("receive signals"))?;
+    let (connections, flows) = limits(config.max_connections, config.udp);
     let limits = Limits {
-        connections: connection_limit(config.max_connections),
+        connections,
+        flows,
+        quiet: QUIET,
         connect_timeout: Duration::from_millis(config.connect_timeout_ms),
         drain_grace: Duration::from_millis(config.drain_grace_ms),
     };
@@ -141,6 +146,12 @@ fn run(config: RelayConfig, listening: impl FnOnce()) -> Result<(), RelayError> 
             .map_err(|(address, source)| RelayError::Listen { address, source: source.into() })?;
         listeners.extend(found);
     }
+    let mut datagrams = Vec::new();
+    if config.udp {
+        let outbound = listeners.iter().filter(|listener| listener.direction == Direction::Outbound);
+        datagrams = DatagramListener::beside(outbound)
+            .map_err(|(address, source)| RelayError::Listen { address, source: source.into() })?;
+    }
     listening();
     let (metrics, registry) = Metrics::new();
     if let Some(path) = config.metrics_socket {
@@ -149,8 +160,9 @@ fn run(config: RelayConfig, listening: impl FnOnce()) -> Result<(), RelayError> 
     let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(RelayError::system("use stdout"))?;
     let records = Records::spawn(config.workload, File::from(stdout), metrics.records_dropped.clone())
         .map_err(RelayError::system("start a thread"))?;
-    let relay = Relay::new(listeners, OriginalDestination::Kernel, limits, (metrics, records), stop)
-        .map_err(RelayError::system("wait for events"))?;
+    let relay =
+        Relay::new((listeners, datagrams), OriginalDestination::Kernel, limits, (metrics, records), stop)
+            .map_err(RelayError::system("wait for events"))?;
     let records = relay.run().map_err(RelayError::system("wait for events"))?;
     records.finish(LAST_RECORDS);
     Ok(())
@@ -165,9 +177,11 @@ fn stop_requests() -> nix::Result<OwnedFd> {
     Ok(signals.into())
 }
 
-/// As many connections as are wanted and the descriptors allow, at least one.
-fn connection_limit(wanted: u32) -> usize {
-    let wanted = u64::from(wanted);
+/// As many connections as are wanted and the descriptors allow, at least one; and as many flows of datagrams, for which a
+/// quarter is set aside when there are too few.
+fn limits(connections: u32, udp: bool) -> (usize, usize) {
+    let flows = if udp { FLOWS as u64 } else { 0 };
+    let wanted = u64::from(connections) + flows;
     let descriptors = match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < hard => {
             let enough = hard.min(2 * wanted + OTHER_DESCRIPTORS).max(soft);
@@ -177,5 +191,8 @@ fn connection_limit(wanted: u32) -> usize {
         Err(_) => 1_024,
     };
     let allowed = descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2;
-    usize::try_from(wanted.min(allowed).max(1)).unwrap_or(usize::MAX)
+    let flows = if allowed < wanted { flows.min(allowed / 4).max(u64::from(udp)) } else { flows };
+    let connections = u64::from(connections).min(allowed.saturating_sub(flows)).max(1);
+    let size = |count| usize::try_from(count).unwrap_or(usize::MAX);
+    (size(connections), size(flows))
 }

@@ -17,6 +17,9 @@ pub(super) enum OriginalDestination {
     /// Tests run without redirection.
     #[cfg(test)]
     Fixed(SocketAddr),
+    /// By the source.
+    #[cfg(test)]
+    BySource(fn(SocketAddr) -> Option<SocketAddr>),
 }
 
 impl OriginalDestination {
@@ -36,6 +39,8 @@ impl OriginalDestination {
             Self::Kernel => {}
             #[cfg(test)]
             Self::Fixed(address) => return Some(address),
+            #[cfg(test)]
+            Self::BySource(of) => return of(plain(SockRef::from(&socket).peer_addr().ok()?.as_socket()?)),
         }
         let socket = SockRef::from(&socket);
         let address = match (direction, listener) {

@@ -34,11 +34,21 @@ pub(super) enum Direction {
     Inbound,
 }
 
-/// How a connection ended.
+/// What was relayed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Protocol {
+    /// A connection.
+    Tcp,
+    /// The datagrams of one socket to one destination.
+    Udp,
+}
+
+/// How a connection or flow ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Outcome {
-    /// Both sides ended in an orderly way.
+    /// Both sides ended in an orderly way. A flow: the application closed it, or it was quiet for long.
     Ok,
     /// The client reset the connection, or was lost (keepalive, retransmission timeout).
     ResetByClient,
@@ -54,7 +64,7 @@ pub(super) enum Outcome {
     NoOriginalDestination,
     /// The original destination is the relay itself.
     Loop,
-    /// The relay ran out of descriptors, ports or memory to dial with.
+    /// The relay ran out of descriptors, ports or memory to dial with. A flow: another one needed its place.
     Limit,
     /// Reset by the relay at the end of its drain.
     Drained,
@@ -105,11 +115,12 @@ impl Outcome {
     }
 }
 
-/// What is known of a connection when it has ended.
+/// What is known of a connection or flow when it has ended.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Record {
     pub(super) accepted: SystemTime,
     pub(super) direction: Direction,
+    pub(super) protocol: Protocol,
     /// As the workload sees it: no address of the redirection's.
     pub(super) source: SocketAddr,
     pub(super) destination: Option<SocketAddr>,
@@ -128,6 +139,7 @@ struct Line<'a> {
     ts: String,
     workload: &'a str,
     direction: Direction,
+    protocol: Protocol,
     source: SocketAddr,
     destination: Option<SocketAddr>,
     bytes_sent: u64,
@@ -143,6 +155,7 @@ impl Record {
             ts: humantime::format_rfc3339_millis(self.accepted).to_string(),
             workload: workload.as_str(),
             direction: self.direction,
+            protocol: self.protocol,
             source: self.source,
             destination: self.destination,
             bytes_sent: self.bytes_sent,
@@ -309,6 +322,7 @@ mod tests {
         Record {
             accepted: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
             direction: Direction::Outbound,
+            protocol: Protocol::Tcp,
             source: "[2001:db8::9]:40000".parse().unwrap(),
             destination: Some("[2001:db8::1]:443".parse().unwrap()),
             bytes_sent,
@@ -330,7 +344,7 @@ mod tests {
         assert_eq!(
             record(5).line(&"process/1-2".parse().unwrap()),
             "{\"ts\":\"2023-11-14T22:13:20.123Z\",\"workload\":\"process/1-2\",\"direction\":\"outbound\",\
-             \"source\":\"[2001:db8::9]:40000\",\"destination\":\"[2001:db8::1]:443\",\"bytes_sent\":5,\
+             \"protocol\":\"tcp\",\"source\":\"[2001:db8::9]:40000\",\"destination\":\"[2001:db8::1]:443\",\"bytes_sent\":5,\
              \"bytes_received\":7,\"connect_ms\":1.234,\"duration_ms\":7200000.0,\
              \"outcome\":\"reset_by_upstream\"}\n"
         );

@@ -1,10 +1,10 @@
-//! The open connections, found by the number that epoll hands back. A number is never mistaken for its successor in
+//! The open connections or flows, found by the number that epoll hands back. A number is never mistaken for its successor in
 //! the same place: it carries a generation.
 
-use super::connection::{Connection, Side};
+use super::connection::Side;
 
-/// Names one connection for as long as it is open, and never another one after that (2³² reuses of a place aside).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Names one of them for as long as it is open, and never another one after that (2³² reuses of a place aside).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Token {
     place: u32,
     generation: u32,
@@ -24,13 +24,18 @@ impl Token {
     }
 }
 
-#[derive(Default)]
-pub(super) struct Slab {
-    places: Vec<(u32, Option<Box<Connection>>)>,
+pub(super) struct Slab<T> {
+    places: Vec<(u32, Option<Box<T>>)>,
     free: Vec<u32>,
 }
 
-impl Slab {
+impl<T> Default for Slab<T> {
+    fn default() -> Self {
+        Self { places: Vec::new(), free: Vec::new() }
+    }
+}
+
+impl<T> Slab<T> {
     pub(super) fn len(&self) -> usize {
         self.places.len() - self.free.len()
     }
@@ -40,40 +45,40 @@ impl Slab {
         match self.free.last() {
             Some(&place) => Token { place, generation: self.places[place as usize].0 },
             None => Token {
-                place: u32::try_from(self.places.len()).expect("the limit on connections is below 2^31"),
+                place: u32::try_from(self.places.len()).expect("the limits are far below 2^30"),
                 generation: 0,
             },
         }
     }
 
-    pub(super) fn insert(&mut self, connection: Connection) -> Token {
+    pub(super) fn insert(&mut self, value: T) -> Token {
         let token = self.next();
         if self.free.pop().is_none() {
             self.places.push((0, None));
         }
-        self.places[token.place as usize].1 = Some(Box::new(connection));
+        self.places[token.place as usize].1 = Some(Box::new(value));
         token
     }
 
-    pub(super) fn get(&mut self, token: Token) -> Option<&mut Connection> {
-        let (generation, connection) = self.places.get_mut(token.place as usize)?;
-        if *generation == token.generation { connection.as_deref_mut() } else { None }
+    pub(super) fn get(&mut self, token: Token) -> Option<&mut T> {
+        let (generation, value) = self.places.get_mut(token.place as usize)?;
+        if *generation == token.generation { value.as_deref_mut() } else { None }
     }
 
-    pub(super) fn remove(&mut self, token: Token) -> Option<Connection> {
-        let (generation, connection) = self.places.get_mut(token.place as usize)?;
+    pub(super) fn remove(&mut self, token: Token) -> Option<T> {
+        let (generation, value) = self.places.get_mut(token.place as usize)?;
         if *generation != token.generation {
             return None;
         }
-        let connection = connection.take()?;
+        let value = value.take()?;
         *generation = generation.wrapping_add(1);
         self.free.push(token.place);
-        Some(*connection)
+        Some(*value)
     }
 
-    /// The tokens of all open connections.
+    /// The tokens of all that are open.
     pub(super) fn tokens(&self) -> Vec<Token> {
-        let open = self.places.iter().enumerate().filter(|(_, (_, connection))| connection.is_some());
+        let open = self.places.iter().enumerate().filter(|(_, (_, value))| value.is_some());
         open.map(|(place, (generation, _))| Token {
             place: u32::try_from(place).expect("places are counted in 32 bits"),
             generation: *generation,

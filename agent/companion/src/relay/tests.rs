@@ -17,13 +17,18 @@ use socket2::{Domain, SockRef, Socket, Type};
 
 use super::{connection::CHUNK, *};
 
-const PATIENCE: Duration = Duration::from_secs(20);
-const LIMITS: Limits =
-    Limits { connections: 2_000, connect_timeout: Duration::from_millis(300), drain_grace: PATIENCE };
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const LIMITS: Limits = Limits {
+    connections: 2_000,
+    flows: 4_096,
+    quiet: QUIET,
+    connect_timeout: Duration::from_millis(300),
+    drain_grace: PATIENCE,
+};
 
 /// A relay that runs; stopped when dropped.
-struct Running {
-    address: SocketAddr,
+pub(super) struct Running {
+    pub(super) address: SocketAddr,
     stop: Arc<OwnedFd>,
     registry: Registry,
     output: tempfile::NamedTempFile,
@@ -35,8 +40,14 @@ impl Running {
         Self::start(limits, |_| OriginalDestination::Fixed(destination))
     }
 
-    fn start(limits: Limits, origin: impl FnOnce(SocketAddr) -> OriginalDestination) -> Self {
-        let listeners = Listener::on_free_port();
+    pub(super) fn start(limits: Limits, origin: impl FnOnce(SocketAddr) -> OriginalDestination) -> Self {
+        let free = || {
+            let listeners = Listener::on_free_port();
+            // Another program's, perhaps.
+            let datagrams = DatagramListener::beside(&listeners).ok()?;
+            Some((listeners, datagrams))
+        };
+        let (listeners, datagrams) = (0..50).find_map(|_| free()).expect("a port that is free");
         let address = listeners[0].address;
         let stop = Arc::new(eventfd(0, EventfdFlags::SEMAPHORE | EventfdFlags::NONBLOCK).unwrap());
         let (metrics, registry) = Metrics::new();
@@ -45,7 +56,8 @@ impl Running {
         let records =
             Records::spawn("process/1-2".parse().unwrap(), file, metrics.records_dropped.clone()).unwrap();
         let stop_fd = stop.as_fd().try_clone_to_owned().unwrap();
-        let relay = Relay::new(listeners, origin(address), limits, (metrics, records), stop_fd).unwrap();
+        let relay =
+            Relay::new((listeners, datagrams), origin(address), limits, (metrics, records), stop_fd).unwrap();
         let thread = thread::spawn(move || relay.run().unwrap().finish(PATIENCE));
         Self { address, stop, registry, output, thread: Some(thread) }
     }
@@ -62,18 +74,18 @@ impl Running {
         }
     }
 
-    fn request_stop(&self) {
+    pub(super) fn request_stop(&self) {
         rustix::io::write(&*self.stop, &1_u64.to_ne_bytes()).unwrap();
     }
 
-    fn metric(&self, series: &str) -> u64 {
+    pub(super) fn metric(&self, series: &str) -> u64 {
         let mut text = String::new();
         encode(&mut text, &self.registry).unwrap();
         let value = text.lines().find_map(|line| line.strip_prefix(series)).expect("a known series");
         value.trim().parse().unwrap()
     }
 
-    fn wait_for(&self, series: &str, wanted: u64) {
+    pub(super) fn wait_for(&self, series: &str, wanted: u64) {
         wait(&format!("{series} {wanted}"), || self.metric(series) == wanted);
     }
 
@@ -85,7 +97,7 @@ impl Running {
     }
 
     /// Waits for the relay to end by itself, and returns its records.
-    fn ended(mut self) -> Vec<Value> {
+    pub(super) fn ended(mut self) -> Vec<Value> {
         let thread = self.thread.take().unwrap();
         wait("the relay to end", || thread.is_finished());
         thread.join().unwrap();
@@ -93,7 +105,7 @@ impl Running {
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    fn drained(self) -> Vec<Value> {
+    pub(super) fn drained(self) -> Vec<Value> {
         self.request_stop();
         self.ended()
     }
@@ -110,7 +122,7 @@ impl Drop for Running {
     }
 }
 
-fn wait(what: &str, condition: impl Fn() -> bool) {
+pub(super) fn wait(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "waited in vain for {what}");
@@ -150,7 +162,7 @@ fn accept(listener: &TcpListener) -> TcpStream {
 }
 
 /// Bytes that differ everywhere: xorshift.
-fn noise(length: usize, seed: u64) -> Vec<u8> {
+pub(super) fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {
@@ -266,7 +278,7 @@ fn both_ways_at_once() {
 #[test]
 fn a_thousand_connections_at_once_stay_apart() {
     let wanted = 1_000;
-    assert!(connection_limit(3 * wanted) >= 2 * wanted as usize, "the test itself needs descriptors");
+    assert!(limits(3 * wanted, false).0 >= 2 * wanted as usize, "the test itself needs descriptors");
     let (listener, address) = server();
     let relay = Running::to(address, LIMITS);
     let pairs: Vec<_> = (0..wanted).map(|_| (relay.dial(), accept(&listener))).collect();
@@ -509,6 +521,7 @@ fn a_record_says_what_happened() {
     for (field, value) in [
         ("workload", Value::from("process/1-2")),
         ("direction", "outbound".into()),
+        ("protocol", "tcp".into()),
         ("source", source.to_string().into()),
         ("destination", address.to_string().into()),
         ("bytes_sent", 8.into()),
@@ -521,7 +534,7 @@ fn a_record_says_what_happened() {
         (record["connect_ms"].as_f64().unwrap(), record["duration_ms"].as_f64().unwrap());
     assert!(0.0 < connect && connect <= duration && duration < 20_000.0);
     assert!(record["ts"].as_str().unwrap().ends_with('Z'));
-    assert_eq!(record.len(), 10);
+    assert_eq!(record.len(), 11);
 }
 
 #[test]
