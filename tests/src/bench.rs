@@ -1,5 +1,5 @@
-//! What redirection costs, against dialling the companion oneself, not having one, and iptables REDIRECT; and what gates
-//! catch and cost (`gate`).
+//! What redirection costs, against dialling the companion oneself, not having one, and iptables REDIRECT; what the embedded
+//! relay costs (`relay`); and what gates catch and cost (`gate`).
 //!
 //! Owns the measurement of redirection: `stage` sets namespaces, cgroups, data plane and rules up, `peers` are the processes that
 //! talk, `report` turns samples into figures. Everything runs on one CPU; the modes take turns within every round, so
@@ -9,6 +9,7 @@
 
 mod gate;
 mod peers;
+mod relay;
 mod report;
 mod stage;
 mod stations;
@@ -18,7 +19,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, bail};
 
 use report::{Report, Series};
-use stage::{MODES, Stage};
+use stage::{MODES, Mode, Stage};
 
 /// One thing that is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -56,12 +57,13 @@ pub fn main() -> Result<()> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
         ["redirect", output, rounds] => redirect(Path::new(output), rounds.parse().context("rounds")?),
+        ["relay", output, rounds] => relay::run(Path::new(output), rounds.parse().context("rounds")?),
         ["gate", output, share, ref only @ ..] => {
             gate::run(Path::new(output), share.parse().context("share")?, only)
         }
         ["serve", ref addresses @ ..] => peers::serve(addresses),
         ["measure"] => peers::measure(),
-        _ => bail!("usage: pillion-bench redirect OUTPUT.json ROUNDS | gate OUTPUT.json SHARE [GATE…]"),
+        _ => bail!("usage: pillion-bench redirect|relay OUTPUT.json ROUNDS | gate OUTPUT.json SHARE [GATE…]"),
     }
 }
 
@@ -87,7 +89,11 @@ fn redirect(output: &Path, rounds: u32) -> Result<()> {
     }
     stage.check()?;
     stage.end()?;
-    let report = Report::new(rounds, &series);
-    print!("{report}");
+    let report = Report::new(rounds, &series, Mode::Dial);
+    print(&report);
     report.write(output)
+}
+
+fn print(report: &Report) {
+    print!("{report}");
 }

@@ -28,6 +28,8 @@ pub(crate) struct Options {
 enum What {
     /// Connections, messages and streams, against other ways to redirect.
     Redirect,
+    /// The same through the embedded relay, against no companion.
+    Relay,
     /// Starts of workloads at each gate: what is caught, and how long it takes. An error when anything was missed.
     Gate,
 }
@@ -53,9 +55,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut bench = shell::as_root(target.join("release/pillion-bench"), &[])?;
     bench.current_dir(shell::checkout());
     let output = match options.what {
-        What::Redirect => {
-            let output = output.join("redirect.json");
-            bench.arg("redirect").arg(&output).arg(options.rounds.to_string());
+        What::Redirect | What::Relay => {
+            let name = if options.what == What::Relay { "relay" } else { "redirect" };
+            let output = output.join(name).with_extension("json");
+            bench.arg(name).arg(&output).arg(options.rounds.to_string());
             output
         }
         What::Gate => {

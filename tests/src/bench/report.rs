@@ -44,8 +44,8 @@ struct Line {
     quartile1: f64,
     median: f64,
     quartile3: f64,
-    /// Median of the rounds' ratios to [`Mode::Dial`], with its quartiles.
-    to_dial: [f64; 3],
+    /// Median of the rounds' ratios to the base, with its quartiles.
+    to_base: [f64; 3],
 }
 
 /// All of it.
@@ -56,16 +56,18 @@ pub(super) struct Report {
     processor: String,
     rounds: u32,
     unit: &'static str,
+    /// The mode that the others are compared with.
+    base: Mode,
     lines: Vec<Line>,
 }
 
 impl Report {
-    pub(super) fn new(rounds: u32, series: &[Series]) -> Self {
+    pub(super) fn new(rounds: u32, series: &[Series], base: Mode) -> Self {
         let mut lines = Vec::new();
         for one in series {
-            let dial = series.iter().find(|s| s.is(one.kind, one.v6, Mode::Dial)).map(Series::medians);
+            let base = series.iter().find(|s| s.is(one.kind, one.v6, base)).map(Series::medians);
             let ratios =
-                one.medians().into_iter().zip(dial.unwrap_or_default()).map(|(own, base)| own / base);
+                one.medians().into_iter().zip(base.unwrap_or_default()).map(|(own, base)| own / base);
             let samples: Vec<f64> = one.rounds.iter().flatten().map(|n| to_float(*n) / 1000.0).collect();
             let count = samples.len();
             let [quartile1, median, quartile3] = quartiles(samples);
@@ -77,7 +79,7 @@ impl Report {
                 quartile1,
                 median,
                 quartile3,
-                to_dial: quartiles(ratios),
+                to_base: quartiles(ratios),
             });
         }
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
@@ -88,6 +90,7 @@ impl Report {
             processor: model.map_or_else(String::new, |(_, name)| name.to_owned()),
             rounds,
             unit: "microseconds; stream: microseconds for 1 MiB",
+            base,
             lines,
         }
     }
@@ -108,12 +111,12 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "{:12} {:6} {:9} {:>10} {:>10} {:>10}   against dialling the companion",
-            "MEASURED", "FAMILY", "MODE", "Q1 us", "MEDIAN us", "Q3 us"
+            "{:12} {:6} {:9} {:>10} {:>10} {:>10}   against {:?}",
+            "MEASURED", "FAMILY", "MODE", "Q1 us", "MEDIAN us", "Q3 us", self.base
         )?;
         for line in &self.lines {
             let name = |value: &dyn fmt::Debug| format!("{value:?}").to_lowercase();
-            let [low, middle, high] = line.to_dial.map(|ratio| (ratio - 1.0) * 100.0);
+            let [low, middle, high] = line.to_base.map(|ratio| (ratio - 1.0) * 100.0);
             writeln!(
                 f,
                 "{:12} {:6} {:9} {:10.2} {:10.2} {:10.2}   {middle:+6.1} % ({low:+.1} to {high:+.1})",

@@ -7,9 +7,10 @@ use std::{
     os::fd::AsFd as _,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::Arc,
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid as NixPid,
@@ -22,6 +23,7 @@ use super::{Kind, peers::Order};
 use crate::{
     CgroupGuard, NetNs,
     ready::{identity, ready},
+    wait_for,
 };
 
 const PORT: u16 = 15001;
@@ -40,25 +42,34 @@ pub(super) enum Mode {
     Pillion,
     /// The same by `iptables -t nat -j REDIRECT`, in a namespace of its own.
     Iptables,
+    /// By `pillion run` with the embedded relay, to the server in the other namespace.
+    Relay,
 }
 
 pub(super) const MODES: [Mode; 4] = [Mode::Direct, Mode::Dial, Mode::Pillion, Mode::Iptables];
 
+/// This process and all that it starts on one CPU.
+pub(super) fn pin() -> Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(CpuSet::count().min(std::thread::available_parallelism()?.get()) - 1)?;
+    sched_setaffinity(NixPid::from_raw(0), &cpus).context("cannot pin to one CPU")
+}
+
 /// A child process with its input and output.
-struct Peer {
+pub(super) struct Peer {
     child: Child,
     stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
 }
 
 impl Peer {
-    fn start(netns: &NetNs, cgroup: &CgroupGuard, arguments: &[&str]) -> Result<Self> {
+    pub(super) fn start(netns: &NetNs, cgroup: &CgroupGuard, arguments: &[&str]) -> Result<Self> {
         let mut command = cgroup.command(std::env::current_exe()?);
         command.args(arguments);
         Self::spawn(netns, &mut command)
     }
 
-    fn spawn(netns: &NetNs, command: &mut Command) -> Result<Self> {
+    pub(super) fn spawn(netns: &NetNs, command: &mut Command) -> Result<Self> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = netns.run(|| command.spawn()).context("cannot start a peer")?;
         let stdin = child.stdin.take();
@@ -66,11 +77,34 @@ impl Peer {
         Ok(Self { child, stdin, stdout })
     }
 
-    fn line(&mut self) -> Result<String> {
+    pub(super) fn line(&mut self) -> Result<String> {
         let mut line = String::new();
         self.stdout.read_line(&mut line)?;
         ensure!(!line.is_empty(), "a peer has ended");
         Ok(line)
+    }
+
+    /// One turn of a peer that measures: `batch` samples in nanoseconds, of talking to the server in the other namespace.
+    pub(super) fn sample(&mut self, kind: Kind, v6: bool, batch: u32) -> Result<Vec<u64>> {
+        self.carry_out(&Order { kind, destination: server(v6)?, batch })
+    }
+
+    fn carry_out(&mut self, order: &Order) -> Result<Vec<u64>> {
+        let mut line = serde_json::to_string(order)?;
+        line.push('\n');
+        self.stdin.as_mut().context("a running peer")?.write_all(line.as_bytes())?;
+        let samples: Vec<u64> = serde_json::from_str(&self.line()?)?;
+        ensure!(samples.len() == order.batch as usize, "{} samples: {order:?}", samples.len());
+        Ok(samples)
+    }
+
+    /// Ends it in an orderly way, by the end of its input.
+    pub(super) fn finish(mut self, patience: Duration) -> Result<()> {
+        self.stdin = None;
+        let child = &mut self.child;
+        let status = wait_for("a peer to end", patience, || child.try_wait().ok().flatten())?;
+        ensure!(status.success(), "a peer ended with {status}");
+        Ok(())
     }
 }
 
@@ -81,6 +115,11 @@ impl Drop for Peer {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Where the peer in the other namespace serves.
+fn server(v6: bool) -> Result<SocketAddr> {
+    Ok(if v6 { "[fd77::2]:80" } else { "10.77.0.2:80" }.parse()?)
 }
 
 /// Everything that is measured with.
@@ -97,11 +136,7 @@ pub(super) struct Stage {
 
 impl Stage {
     pub(super) fn new() -> Result<Self> {
-        let mut cpus = CpuSet::new();
-        cpus.set(CpuSet::count().min(std::thread::available_parallelism()?.get()) - 1)?;
-        // Inherited by every peer.
-        sched_setaffinity(NixPid::from_raw(0), &cpus).context("cannot pin to one CPU")?;
-
+        pin()?;
         let ((near, far), (near_nat, far_nat)) = (NetNs::pair()?, NetNs::pair()?);
         for (tool, target) in [("iptables", "10.77.0.2"), ("ip6tables", "fd77::2")] {
             let rule = format!("-t nat -A OUTPUT -d {target} -p tcp -j REDIRECT --to-ports {PORT}");
@@ -150,20 +185,16 @@ impl Stage {
 
     /// One turn: `batch` samples in nanoseconds.
     pub(super) fn sample(&mut self, mode: Mode, kind: Kind, v6: bool, batch: u32) -> Result<Vec<u64>> {
-        let server: SocketAddr = if v6 { "[fd77::2]:80" } else { "10.77.0.2:80" }.parse()?;
+        let server = server(v6)?;
         let own = SocketAddr::new(if v6 { "::1" } else { "127.0.0.1" }.parse()?, PLAIN_PORT);
         let (client, destination) = match mode {
             Mode::Direct => (&mut self.plain, server),
             Mode::Dial => (&mut self.plain, own),
             Mode::Pillion => (&mut self.workload, server),
             Mode::Iptables => (&mut self.iptables, server),
+            Mode::Relay => bail!("there is no relay on this stage"),
         };
-        let mut order = serde_json::to_string(&Order { kind, destination, batch })?;
-        order.push('\n');
-        client.stdin.as_mut().context("a running peer")?.write_all(order.as_bytes())?;
-        let samples: Vec<u64> = serde_json::from_str(&client.line()?)?;
-        ensure!(samples.len() == batch as usize, "{} samples instead of {batch}", samples.len());
-        Ok(samples)
+        client.carry_out(&Order { kind, destination, batch })
     }
 
     /// What was measured as redirected must have been redirected, every time.

@@ -24,10 +24,13 @@ use super::{
     socket::reset,
 };
 
-/// Bytes copied at a time.
-pub(super) const CHUNK: usize = 128 << 10;
-/// Chunks that one connection may copy in each direction before others have their turn.
+/// Bytes copied at a time, at most, and so the most that waits for a slow side; see the measurements in `relay`.
+pub(super) const CHUNK: usize = 512 << 10;
+/// The same while slow sides hold much; see `surplus`.
+pub(super) const SMALL_CHUNK: usize = 128 << 10;
+/// Chunks, and bytes, that one connection may copy in each direction before others have their turn.
 const TURN: usize = 16;
+const TURN_BYTES: usize = 2 << 20;
 
 /// Which of the two sockets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +81,8 @@ pub(super) struct Connection {
     connect: Option<Duration>,
     failure: Option<Outcome>,
     flushing: bool,
+    /// What its owner was told last of [`Connection::surplus`].
+    counted: usize,
     peers: [Peer; 2],
 }
 
@@ -100,8 +105,16 @@ impl Connection {
             connect: None,
             failure: None,
             flushing: false,
+            counted: 0,
             peers,
         }
+    }
+
+    /// Memory beyond a small chunk that it holds for each slow side. Also what this said when it was asked last.
+    pub(super) fn surplus(&mut self) -> (usize, usize) {
+        let of = |peer: &Peer| peer.pending.capacity().saturating_sub(SMALL_CHUNK);
+        let now = self.peers.iter().map(of).sum();
+        (std::mem::replace(&mut self.counted, now), now)
     }
 
     pub(super) fn direction(&self) -> Direction {
@@ -188,7 +201,11 @@ impl Connection {
 
     /// Copies from one side to the other until either has had enough; true when only the turn is over.
     fn pump(&mut self, from: Side, scratch: &mut [u8]) -> bool {
+        let mut copied = 0;
         for _ in 0..TURN {
+            if copied >= TURN_BYTES {
+                break;
+            }
             let [client, upstream] = &mut self.peers;
             let (source, sink) = match from {
                 Side::Client => (client, upstream),
@@ -223,6 +240,7 @@ impl Connection {
                 } else {
                     let read = source.read(scratch).map_err(|()| from);
                     read.and_then(|length| {
+                        copied += length;
                         // What filled the buffer is most probably followed by more.
                         let more = length == scratch.len();
                         sink.send(&scratch[..length], more).map_err(|()| from.other())
@@ -274,16 +292,13 @@ impl Connection {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{
-        io::{Read, Write},
-        net::{Shutdown as End, TcpListener, TcpStream},
-    };
+pub(super) mod testing {
+    use std::net::{TcpListener, TcpStream};
 
     use super::*;
 
     /// A connection, driven by hand, and the two ends that its peers hold.
-    fn connection() -> (Connection, TcpStream, TcpStream) {
+    pub(in super::super) fn connection() -> (Connection, TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let [(ours, client), (theirs, upstream)] = [(); 2].map(|()| {
@@ -300,12 +315,25 @@ mod tests {
         (connection, ours, theirs)
     }
 
-    fn advance(connection: &mut Connection, scratch: &mut [u8]) -> Progress {
+    pub(in super::super) fn advance(connection: &mut Connection, scratch: &mut [u8]) -> Progress {
         for side in [Side::Client, Side::Upstream] {
             connection.note(side, EventFlags::IN | EventFlags::OUT);
         }
         connection.advance(scratch).0
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::Shutdown as End,
+    };
+
+    use super::{
+        testing::{advance, connection},
+        *,
+    };
 
     #[test]
     fn memory_is_held_only_for_a_slow_side_and_is_bounded() {
@@ -324,6 +352,8 @@ mod tests {
         assert_eq!(connection.peers[0].pending.capacity(), 0);
         let pending = &connection.peers[1].pending;
         assert!(!pending.is_empty() && pending.capacity() <= CHUNK, "{}", pending.capacity());
+        let surplus = pending.capacity().saturating_sub(SMALL_CHUNK);
+        assert_eq!(connection.surplus(), (0, surplus));
 
         ours.shutdown(End::Write).unwrap();
         theirs.set_nonblocking(true).unwrap();
@@ -340,6 +370,7 @@ mod tests {
         }
         assert_eq!(got, written);
         assert_eq!(connection.peers[1].pending.capacity(), 0);
+        assert_eq!(connection.surplus(), (surplus, 0));
     }
 
     #[test]

@@ -28,6 +28,7 @@ use super::{
     record::{Direction, Outcome, Protocol, Record, Records},
     slab::{Slab, Token},
     socket::{self, Listener},
+    surplus::{SURPLUS, Surplus},
 };
 
 /// Events taken from the kernel at a time.
@@ -88,6 +89,7 @@ pub(super) struct Relay {
     phase: Phase,
     connections: Slab<Connection>,
     datagrams: Datagrams,
+    surplus: Surplus,
     /// Being dialled, by deadline.
     dialling: VecDeque<(Instant, Token)>,
     dialling_count: usize,
@@ -129,6 +131,7 @@ impl Relay {
             phase: Phase::Serving,
             connections: Slab::default(),
             datagrams,
+            surplus: Surplus::up_to(SURPLUS),
             dialling: VecDeque::new(),
             dialling_count: 0,
             flushing: Vec::new(),
@@ -224,7 +227,8 @@ impl Relay {
 
     fn advance(&mut self, token: Token, now: Instant) {
         let Some(connection) = self.connections.get(token) else { return };
-        let (progress, moved) = connection.advance(&mut self.scratch);
+        let (progress, moved) = connection.advance(&mut self.scratch[..self.surplus.chunk()]);
+        self.surplus.settle(connection);
         let direction = connection.direction();
         if moved.sent > 0 {
             self.metrics.bytes(direction, true).inc_by(moved.sent);
@@ -248,7 +252,8 @@ impl Relay {
     }
 
     fn end(&mut self, token: Token, outcome: Outcome, now: Instant) {
-        let Some(connection) = self.connections.remove(token) else { return };
+        let Some(mut connection) = self.connections.remove(token) else { return };
+        self.surplus.release(&mut connection);
         if !connection.is_connected() {
             self.dialling_count -= 1;
         }

@@ -1,5 +1,5 @@
-//! The embedded relay, `builtin: relay`: a transparent relay of TCP, and of UDP where it is told so, in one process, without privileges, that needs nothing.
-//! It dials where each redirected connection wanted to go and copies bytes both ways. Never looks into them, never
+//! The embedded relay, `builtin: relay`: a transparent relay of TCP, and of UDP where it is told so, in one process, without
+//! privileges, that needs nothing. It dials where each redirected connection wanted to go and copies bytes both ways. Never looks into them, never
 //! redirects anything itself, never talks to the agent but by records on stdout and metrics on a unix socket.
 //!
 //! # The walk of a connection
@@ -10,7 +10,8 @@
 //! - *Ends*: each direction ends by itself; the end of a stream is passed on after its last byte. There is no idle
 //!   timeout: two quiet, half-closed sides stay for ever. Keepalive finds peers that vanished.
 //! - *Back-pressure*: a side is not read while the other one does not take what was read. At most one chunk
-//!   (128 KiB) waits in the process for each direction, and only for a side that is slow.
+//!   (512 KiB) waits in the process for each direction, and only for a side that is slow; beyond 128 KiB each, 8.5 MiB at most
+//!   for all of them (`surplus`).
 //! - *Resets*: after a reset by one side, what it had sent before is passed on and acknowledged (for at most 30 s),
 //!   then the other side is reset. A failed dial resets the client, whose own connect had succeeded by then. What the
 //!   sender's kernel threw away at its reset is lost, as it is without a relay.
@@ -23,23 +24,31 @@
 //! another holder of its socket shuts down starts a drain too.
 //!
 //! # Why it is made so: measurements
-//! Linux 6.18, AMD EPYC, sender, relay and receiver pinned to one CPU over loopback on a machine busy with compilers,
-//! hence CPU time of all three processes, medians of 7 to 9 interleaved runs of 1.6 GB:
+//! Linux 6.18, AMD EPYC. A stream over loopback by a stand-in of 100 lines for each way to copy, sender, relay and receiver pinned
+//! to one CPU of a machine busy with compilers; hence CPU time of all three and of that CPU's ksoftirqd, which works for them
+//! when they send much at once, and is easily forgotten. Medians of 5 interleaved runs of 0.8 GB:
 //!
-//! | copying by | ms CPU per GB |
-//! | --- | --- |
-//! | no relay | 292 to 327 |
-//! | read/write, 64 KiB | 546 to 593 |
-//! | the same with `MSG_MORE` for full chunks | 516 to 566 |
-//! | the same, 128 KiB (kept) | 493 to 525 |
-//! | the same, 256 KiB | 549 |
-//! | splice, pipes of 64 KiB / 1 MiB | 617 / 678 |
+//! | copying by | ms CPU per GB | throughput to be had |
+//! | --- | --- | --- |
+//! | no relay | 309 | 1 |
+//! | read/write, 64 KiB | 558 | 0.57 |
+//! | the same with `MSG_MORE` for full chunks | 535 | 0.61 |
+//! | the same, 128 KiB / 256 KiB / 384 KiB | 638 / 593 / 549 | 0.51 / 0.54 / 0.57 |
+//! | the same, 512 KiB (kept) | 509 | 0.61 |
+//! | the same, 768 KiB / 1 MiB / 2 MiB | 502 / 513 / 638 | 0.62 / 0.60 / 0.51 |
+//! | splice, pipe of 1 MiB (without ksoftirqd) | 725 | 0.43 |
+//! | 512 KiB, and `TCP_NOTSENT_LOWAT` of 64 KiB | 445 | 0.69 |
+//! | 512 KiB, and `SO_SNDBUF` of 256 KiB | 434 | 0.73 |
+//!
+//! The last two are not for here as they are: a fixed buffer would slow down long ways, and with the other most sends are
+//! cut short, the rest of which this relay has to move. By `pillion-bench relay` (`cargo xtask bench relay`, but not optimised), where the
+//! receiver is in another namespace and what counts is the time that passes, 5 rounds twice on that machine: 0.62 and 0.66 with 128 KiB,
+//! 0.70 and 0.75 with 512 KiB (IPv4); 64 bytes there and back took 30 to 31 µs with either, 12 to 13 without a relay.
 //!
 //! `MSG_MORE` helps because a chunk is a little more than one segment of loopback's largest size: without it the rest
-//! is a packet of its own. Smaller receive buffers (128 KiB to 1 MiB) on the listener stayed within the noise. A
-//! connection with one byte each way takes 132 µs against 69 µs without a relay, 64 bytes there and back 27 µs against
-//! 12 µs. Hence one thread and epoll without a runtime on top: about 24 system calls for a short connection. The process,
-//! idle, has 5.1 MB resident, of which 0.6 MB are its own: the rest is the program, which it shares with the agent.
+//! is a packet of its own. Alignment and huge pages made no difference, nor did smaller receive buffers on the listener. A
+//! connection with one byte each way takes 132 µs against 69 µs without a relay. Hence one thread and epoll without a runtime
+//! on top: about 24 system calls for a short connection. The process, idle, has 5.1 MB resident, of which 0.6 MB are its own: the rest is the program, which it shares with the agent.
 
 mod config;
 mod connection;
@@ -52,6 +61,7 @@ mod peer;
 mod record;
 mod slab;
 mod socket;
+mod surplus;
 #[cfg(test)]
 mod tests;
 
