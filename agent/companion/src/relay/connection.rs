@@ -18,6 +18,7 @@ use rustix::{
 };
 
 use super::{
+    buffers::Buffers,
     outq::unacknowledged,
     peer::Peer,
     record::{Direction, Outcome, Protocol, Record},
@@ -159,17 +160,16 @@ impl Connection {
         }
     }
 
-    /// Copies what can be copied, both ways. `scratch` is where bytes stay between the two calls; nothing of it is
-    /// kept.
-    pub(super) fn advance(&mut self, scratch: &mut [u8]) -> (Progress, Moved) {
+    /// Copies what can be copied, both ways, `chunk` bytes at a time.
+    pub(super) fn advance(&mut self, buffers: &mut Buffers, chunk: usize) -> (Progress, Moved) {
         if self.connect.is_none() {
             let ended = self.failure.map_or(Progress::Waiting, Progress::Ended);
             return (ended, Moved::default());
         }
         let before = (self.peers[1].taken, self.peers[0].taken);
         let broken = self.broken();
-        let mut yielded = self.pump(Side::Client, scratch);
-        yielded |= self.pump(Side::Upstream, scratch);
+        let mut yielded = self.pump(Side::Client, buffers, chunk);
+        yielded |= self.pump(Side::Upstream, buffers, chunk);
         // What broke just now may leave something to be read that had no reason to be read before.
         yielded |= broken != self.broken();
         let moved = Moved { sent: self.peers[1].taken - before.0, received: self.peers[0].taken - before.1 };
@@ -200,7 +200,7 @@ impl Connection {
     }
 
     /// Copies from one side to the other until either has had enough; true when only the turn is over.
-    fn pump(&mut self, from: Side, scratch: &mut [u8]) -> bool {
+    fn pump(&mut self, from: Side, buffers: &mut Buffers, chunk: usize) -> bool {
         let mut copied = 0;
         for _ in 0..TURN {
             if copied >= TURN_BYTES {
@@ -238,16 +238,19 @@ impl Connection {
                 if let Some(byte) = source.urgent_byte() {
                     sink.send_urgent(byte).map_err(|()| from.other())
                 } else {
-                    let read = source.read(scratch).map_err(|()| from);
-                    read.and_then(|length| {
+                    let mut scratch = buffers.take();
+                    let read = source.read(&mut scratch[..chunk]).map_err(|()| from);
+                    let step = read.and_then(|length| {
                         copied += length;
                         // What filled the buffer is most probably followed by more.
-                        let more = length == scratch.len();
-                        sink.send(&scratch[..length], more).map_err(|()| from.other())
-                    })
+                        let more = length == chunk;
+                        sink.send(&mut scratch, length, more).map_err(|()| from.other())
+                    });
+                    buffers.give(scratch);
+                    step
                 }
             } else if sink.writable {
-                sink.send_pending().map_err(|()| from.other())
+                sink.send_pending(buffers).map_err(|()| from.other())
             } else {
                 return false;
             };
@@ -315,11 +318,11 @@ pub(super) mod testing {
         (connection, ours, theirs)
     }
 
-    pub(in super::super) fn advance(connection: &mut Connection, scratch: &mut [u8]) -> Progress {
+    pub(in super::super) fn advance(connection: &mut Connection, chunk: usize) -> Progress {
         for side in [Side::Client, Side::Upstream] {
             connection.note(side, EventFlags::IN | EventFlags::OUT);
         }
-        connection.advance(scratch).0
+        connection.advance(&mut Buffers::default(), chunk).0
     }
 }
 
@@ -338,7 +341,6 @@ mod tests {
     #[test]
     fn memory_is_held_only_for_a_slow_side_and_is_bounded() {
         let (mut connection, ours, mut theirs) = connection();
-        let mut scratch = vec![0; CHUNK];
         ours.set_nonblocking(true).unwrap();
         let block = vec![7; 1 << 20];
         let (mut written, mut stalled) = (0, 0);
@@ -347,7 +349,7 @@ mod tests {
                 Ok(length) => (written, stalled) = (written + length, 0),
                 Err(_) => stalled += 1,
             }
-            while advance(&mut connection, &mut scratch) == Progress::Yielded {}
+            while advance(&mut connection, CHUNK) == Progress::Yielded {}
         }
         assert_eq!(connection.peers[0].pending.capacity(), 0);
         let pending = &connection.peers[1].pending;
@@ -361,7 +363,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             assert!(Instant::now() < deadline);
-            advance(&mut connection, &mut scratch);
+            advance(&mut connection, CHUNK);
             match theirs.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(length) => got += length,
@@ -376,9 +378,8 @@ mod tests {
     #[test]
     fn what_fills_the_buffer_exactly_is_not_held_back() {
         let (mut connection, mut ours, mut theirs) = connection();
-        let mut scratch = [0; 16];
         ours.write_all(&[3; 32]).unwrap();
-        assert_eq!(advance(&mut connection, &mut scratch), Progress::Waiting);
+        assert_eq!(advance(&mut connection, 16), Progress::Waiting);
         assert!(!connection.peers[1].held);
         theirs.read_exact(&mut [0; 32]).unwrap();
     }
@@ -386,11 +387,10 @@ mod tests {
     #[test]
     fn one_connection_cannot_keep_the_thread() {
         let (mut connection, mut ours, _theirs) = connection();
-        let mut scratch = [0; 16];
         ours.write_all(&[1; 16 * (TURN + 1)]).unwrap();
         connection.note(Side::Client, EventFlags::IN);
         connection.note(Side::Upstream, EventFlags::OUT);
-        let (progress, moved) = connection.advance(&mut scratch);
+        let (progress, moved) = connection.advance(&mut Buffers::default(), 16);
         assert_eq!((progress, moved.sent), (Progress::Yielded, 16 * TURN as u64));
     }
 }

@@ -21,7 +21,8 @@ use rustix::{
 };
 
 use super::{
-    connection::{CHUNK, Connection, Progress, Side},
+    buffers::Buffers,
+    connection::{Connection, Progress, Side},
     datagram::{DatagramListener, Datagrams, Tools},
     metrics::Metrics,
     origin::{OriginalDestination, own_address, plain, source},
@@ -99,7 +100,7 @@ pub(super) struct Relay {
     /// Have work left from their last turn.
     turns: VecDeque<Token>,
     accept_after: Option<Instant>,
-    scratch: Box<[u8]>,
+    buffers: Buffers,
 }
 
 impl Relay {
@@ -138,7 +139,7 @@ impl Relay {
             flush_check: Instant::now(),
             turns: VecDeque::new(),
             accept_after: None,
-            scratch: vec![0; CHUNK].into_boxed_slice(),
+            buffers: Buffers::default(),
         })
     }
 
@@ -178,8 +179,13 @@ impl Relay {
     }
 
     fn with_datagrams(&mut self, work: impl FnOnce(&mut Datagrams, &Tools<'_>, &mut [u8])) {
+        if self.datagrams.is_over() {
+            return;
+        }
         let tools = Tools { epoll: &self.epoll, metrics: &self.metrics, records: &self.records };
-        work(&mut self.datagrams, &tools, &mut self.scratch);
+        let mut scratch = self.buffers.take();
+        work(&mut self.datagrams, &tools, &mut scratch);
+        self.buffers.give(scratch);
     }
 
     fn handle(&mut self, event: u64, flags: EventFlags, now: Instant) {
@@ -227,7 +233,7 @@ impl Relay {
 
     fn advance(&mut self, token: Token, now: Instant) {
         let Some(connection) = self.connections.get(token) else { return };
-        let (progress, moved) = connection.advance(&mut self.scratch[..self.surplus.chunk()]);
+        let (progress, moved) = connection.advance(&mut self.buffers, self.surplus.chunk());
         self.surplus.settle(connection);
         let direction = connection.direction();
         if moved.sent > 0 {

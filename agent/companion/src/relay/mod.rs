@@ -10,8 +10,8 @@
 //! - *Ends*: each direction ends by itself; the end of a stream is passed on after its last byte. There is no idle
 //!   timeout: two quiet, half-closed sides stay for ever. Keepalive finds peers that vanished.
 //! - *Back-pressure*: a side is not read while the other one does not take what was read. At most one chunk
-//!   (512 KiB) waits in the process for each direction, and only for a side that is slow; beyond 128 KiB each, 8.5 MiB at most
-//!   for all of them (`surplus`).
+//!   (512 KiB) waits in the process for each direction, and only for a side that is slow; beyond 128 KiB each, 9 MiB at most
+//!   for all of them (`surplus`). The kernel is given no more than 64 KiB that it cannot send yet.
 //! - *Resets*: after a reset by one side, what it had sent before is passed on and acknowledged (for at most 30 s),
 //!   then the other side is reset. A failed dial resets the client, whose own connect had succeeded by then. What the
 //!   sender's kernel threw away at its reset is lost, as it is without a relay.
@@ -37,19 +37,21 @@
 //! | the same, 512 KiB (kept) | 509 | 0.61 |
 //! | the same, 768 KiB / 1 MiB / 2 MiB | 502 / 513 / 638 | 0.62 / 0.60 / 0.51 |
 //! | splice, pipe of 1 MiB (without ksoftirqd) | 725 | 0.43 |
-//! | 512 KiB, and `TCP_NOTSENT_LOWAT` of 64 KiB | 445 | 0.69 |
 //! | 512 KiB, and `SO_SNDBUF` of 256 KiB | 434 | 0.73 |
+//! | 512 KiB, and `TCP_NOTSENT_LOWAT` of 128 KiB / 16 KiB | 466 / 456 | 0.66 / 0.66 |
+//! | 512 KiB, and `TCP_NOTSENT_LOWAT` of 64 KiB (kept) | 445 | 0.69 |
 //!
-//! The last two are not for here as they are: a fixed buffer would slow down long ways, and with the other most sends are
-//! cut short, the rest of which this relay has to move. By `pillion-bench relay` (`cargo xtask bench relay`, but not optimised), where the
-//! receiver is in another namespace and what counts is the time that passes, 5 rounds twice on that machine: 0.62 and 0.66 with 128 KiB,
-//! 0.70 and 0.75 with 512 KiB (IPv4); 64 bytes there and back took 30 to 31 µs with either, 12 to 13 without a relay.
+//! A fixed buffer would slow down long ways. What `TCP_NOTSENT_LOWAT` cuts short stays where it is: the slow side keeps the buffer (`buffers`).
+//! By `pillion-bench relay` (`cargo xtask bench relay`, but not optimised), where the receiver is in another namespace and what counts is
+//! the time that passes, in 4 to 5 rounds at a time on that machine, µs for 1 MiB (IPv4): 767 to 772 with 128 KiB, 705 to 734 with 512 KiB, 604 to 637
+//! with `TCP_NOTSENT_LOWAT` too; without a relay, between 447 and 560. 64 bytes there and back took 30 to 32 µs with each, 12 to 13 without a relay.
 //!
 //! `MSG_MORE` helps because a chunk is a little more than one segment of loopback's largest size: without it the rest
 //! is a packet of its own. Alignment and huge pages made no difference, nor did smaller receive buffers on the listener. A
 //! connection with one byte each way takes 132 µs against 69 µs without a relay. Hence one thread and epoll without a runtime
 //! on top: about 24 system calls for a short connection. The process, idle, has 5.1 MB resident, of which 0.6 MB are its own: the rest is the program, which it shares with the agent.
 
+mod buffers;
 mod config;
 mod connection;
 mod datagram;

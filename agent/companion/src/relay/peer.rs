@@ -8,7 +8,7 @@ use rustix::{
     net::{RecvFlags, SendFlags, recv, send, sockopt},
 };
 
-use super::outq::is_at_mark;
+use super::{buffers::Buffers, connection::SMALL_CHUNK, outq::is_at_mark};
 
 /// One socket of a connection, its readiness, and what it has not yet taken.
 #[derive(Debug)]
@@ -81,6 +81,7 @@ impl Peer {
         self.readable = true;
         self.exhaust = true;
         self.pending = Vec::new();
+        self.pending_from = 0;
     }
 
     /// The urgent byte, when all before it has been read. A read never goes across its mark by itself, and leaves it out.
@@ -123,16 +124,23 @@ impl Peer {
         }
     }
 
-    /// Sends `bytes`, and keeps what the socket does not take now.
+    /// Sends the first `length` bytes of `buffer`, and keeps what the socket does not take now: if that is much, `buffer` itself, and
+    /// leaves an empty one.
     ///
     /// With `more` the last bytes, when they are less than a segment, wait in the kernel for what follows instead of
     /// becoming a packet of their own; [`Peer::release`] must follow when nothing does.
-    pub(super) fn send(&mut self, bytes: &[u8], more: bool) -> Result<(), ()> {
-        if bytes.is_empty() {
+    pub(super) fn send(&mut self, buffer: &mut Vec<u8>, length: usize, more: bool) -> Result<(), ()> {
+        if length == 0 {
             return Ok(());
         }
-        let length = self.send_some(bytes, more)?;
-        self.pending.extend_from_slice(&bytes[length..]);
+        let taken = self.send_some(&buffer[..length], more)?;
+        if length - taken > SMALL_CHUNK {
+            buffer.truncate(length);
+            self.pending = std::mem::take(buffer);
+            self.pending_from = taken;
+        } else {
+            self.pending.extend_from_slice(&buffer[taken..length]);
+        }
         Ok(())
     }
 
@@ -153,7 +161,8 @@ impl Peer {
         }
     }
 
-    pub(super) fn send_pending(&mut self) -> Result<(), ()> {
+    /// Sends what is kept. When all of it is sent, its memory goes back to `buffers`.
+    pub(super) fn send_pending(&mut self, buffers: &mut Buffers) -> Result<(), ()> {
         let pending = std::mem::take(&mut self.pending);
         let length = self.send_some(&pending[self.pending_from..], false);
         self.pending_from += length?;
@@ -162,6 +171,7 @@ impl Peer {
         } else {
             self.pending_from = 0;
             self.pending_urgent = false;
+            buffers.give(pending);
         }
         Ok(())
     }

@@ -22,7 +22,10 @@ use rustix::{
 };
 use socket2::SockRef;
 
-use super::super::{origin::plain, socket::Listener};
+use super::super::{
+    origin::plain,
+    socket::{Listener, errno},
+};
 
 /// The largest datagram of either family has less (RFC 768; jumbograms are not for loopback).
 pub(super) const LARGEST: usize = 64 << 10;
@@ -129,10 +132,6 @@ fn mapped(address: SocketAddr) -> SocketAddr {
 
 fn is_mapped(address: IpAddr) -> bool {
     address != address.to_canonical()
-}
-
-fn errno(error: &std::io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error)
 }
 
 #[cfg(test)]
