@@ -2,6 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use pillion_workload::Protocol;
+
 use crate::{
     error::CompanionError,
     host::Launch,
@@ -24,6 +26,8 @@ fn config(launch: &Launch) -> Result<RelayConfig, InvalidRelayConfig> {
     let mut config = RelayConfig::new(launch.workload.clone(), launch.spec.name.clone());
     config.outbound_port = launch.ports.outbound;
     config.inbound_port = launch.ports.inbound;
+    config.udp =
+        launch.ports.outbound.is_some_and(|port| launch.ports.listening.contains(&(port, Protocol::Udp)));
     config.drain_grace_ms =
         launch.spec.stop_grace.saturating_sub(DRAIN_MARGIN).as_millis().try_into().unwrap_or(u64::MAX);
     config.metrics_socket = Some(PathBuf::from(METRICS_SOCKET));

@@ -13,7 +13,7 @@ use std::{
 use rustix::{
     event::epoll::EventFlags,
     io::Errno,
-    net::{SendFlags, send},
+    net::{SendFlags, send, sendto},
 };
 
 use super::{
@@ -69,11 +69,21 @@ struct End {
     writable: bool,
     /// Not yet taken by this side. Empty unless it is slow.
     pending: VecDeque<Vec<u8>>,
+    /// The peer, where it must be named although the socket has it: redirection's programs are asked about the source of such
+    /// an answer only.
+    named: Option<SocketAddr>,
 }
 
 impl End {
-    fn new(socket: OwnedFd) -> Self {
-        Self { socket, readable: false, writable: true, pending: VecDeque::new() }
+    fn new(socket: OwnedFd, named: Option<SocketAddr>) -> Self {
+        Self { socket, readable: false, writable: true, pending: VecDeque::new(), named }
+    }
+
+    fn send(&self, datagram: &[u8]) -> Result<usize, Errno> {
+        match &self.named {
+            Some(peer) => sendto(&self.socket, datagram, SendFlags::NOSIGNAL, peer),
+            None => send(&self.socket, datagram, SendFlags::NOSIGNAL),
+        }
     }
 
     fn note(&mut self, flags: EventFlags) {
@@ -86,7 +96,7 @@ impl End {
         if self.pending.is_empty() && self.writable {
             let mut last = Errno::AGAIN;
             for _ in 0..ATTEMPTS {
-                match send(&self.socket, datagram, SendFlags::NOSIGNAL) {
+                match self.send(datagram) {
                     Ok(_) => return Ok(()),
                     Err(Errno::AGAIN) => {
                         self.writable = false;
@@ -156,8 +166,13 @@ impl Flow {
         (listener, peer, source): (SocketAddr, SocketAddr, SocketAddr),
         destination: SocketAddr,
         (began_at, began): (SystemTime, Instant),
-        sockets: [OwnedFd; 2],
+        [answering, upstream]: [OwnedFd; 2],
     ) -> Self {
+        let named = rustix::net::getpeername(&answering)
+            .ok()
+            .flatten()
+            .and_then(|peer| SocketAddr::try_from(peer).ok())
+            .filter(|peer| peer.ip().to_canonical().is_loopback());
         Self {
             listener,
             peer,
@@ -171,7 +186,7 @@ impl Flow {
             failure: None,
             gone: false,
             bytes: [0; 2],
-            ends: sockets.map(End::new),
+            ends: [End::new(answering, named), End::new(upstream, None)],
         }
     }
 
@@ -354,7 +369,7 @@ mod tests {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         theirs.set_nonblocking(true).unwrap();
-        let mut end = End::new(ours.into());
+        let mut end = End::new(ours.into(), None);
         let never = |error| panic!("{error}");
         let (mut given, mut lost) = (0_u32, vec![]);
         while end.pending.len() < PENDING {
