@@ -479,6 +479,11 @@ impl RedirectGuard {
             let link = Link::attach(loaded, target.as_fd(), program.attach_type, pin);
             links.push(link.map_err(|error| conflicts::explained(error, &cgroup.path, program.attach_type))?);
         }
+        for program in COMPANION_PROGRAMS.iter().filter(|program| !self.wants(program)) {
+            if let Ok(link) = Link::adopt(&self.companion_pin(name, program.name)) {
+                link.detach()?;
+            }
+        }
         self.companions.insert(name.clone(), (cgroup.id, links));
         Ok(())
     }
