@@ -58,6 +58,9 @@ impl Route {
     pub const DNS_RULE: u32 = u32::MAX;
 }
 
+/// At how many levels of the cgroup hierarchy, from its root on, exempt cgroups are looked for.
+pub const EXEMPT_LEVELS: u32 = 32;
+
 /// Value of the cgroup storage of a workload's cgroup: what the programs attached there do.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,6 +78,26 @@ pub struct WorkloadConfig {
     pub source4: u32,
     /// What getsockname shows for a redirected IPv6 socket that was not bound.
     pub source6: [u32; 4],
+    /// At which levels exempt cgroups are ([`ExemptKey`]), a bit each; the hierarchy's root is level 0.
+    pub exempt_levels: u32,
+}
+
+/// Key of a cgroup below a workload's whose processes its programs leave alone: an inner workload, or a companion that
+/// is within the workload. The value is the inner workload's number, or [`ExemptKey::COMPANION`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ExemptKey {
+    /// The cgroup's id.
+    pub cgroup: u64,
+    /// Number of the workload whose programs leave it alone.
+    pub workload: u32,
+    /// Padding.
+    pub pad: u32,
+}
+
+impl ExemptKey {
+    /// Value for a companion's cgroup: no workload has this number.
+    pub const COMPANION: u32 = 0;
 }
 
 /// Value of the cgroup storage of a companion's cgroup.
@@ -421,7 +444,7 @@ pub const EXEC_MISSED: u32 = 1;
 const _: () = {
     assert!(size_of::<HeldProcess>() == 16);
     assert!(size_of::<ExecEvent>() == 16);
-    assert!(size_of::<WorkloadConfig>() == 40);
+    assert!(size_of::<WorkloadConfig>() == 44);
     assert!(size_of::<Route>() == 8);
     assert!(size_of::<RouteKey>() == 12);
     assert!(size_of::<PeerKey>() == 32);
@@ -429,6 +452,7 @@ const _: () = {
     assert!(size_of::<HeardKey>() == 32);
     assert!(size_of::<UserKey>() == 8);
     assert!(size_of::<ExecutableKey>() == 56);
+    assert!(size_of::<ExemptKey>() == 16);
     assert!(size_of::<CompanionConfig>() == 20);
     assert!(size_of::<Destination>() == 20);
     assert!(size_of::<Redirected>() == 60);
@@ -446,6 +470,8 @@ mod pod {
     #![expect(unsafe_code, reason = "aya's marker for plain old data is an unsafe trait")]
     // SAFETY: all of them are `repr(C)`, `Copy`, without padding bytes (checked above) or pointers.
     unsafe impl aya::Pod for super::WorkloadConfig {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::ExemptKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::CompanionConfig {}
     // SAFETY: as above.

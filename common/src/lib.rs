@@ -20,9 +20,10 @@ mod slot;
 
 pub use layout::{
     AF_INET, AF_INET6, BoundKey, BySource, BySourceKey, CompanionConfig, Counter, Destination, EXEC_BEAT,
-    EXEC_MISSED, ExecEvent, ExecutableKey, HeardKey, HeldProcess, InboundRule, ListenerKey, Network4,
-    Network6, PATH_NAME_BYTES, PATH_NAMES, PORTS_PER_COMPANION, PROGRAM_NAME_BYTES, PeerKey, PeerSlot,
-    PortKey, ProgramName, Redirected, Route, RouteKey, TCP, UDP, UserKey, WorkloadConfig, flags,
+    EXEC_MISSED, EXEMPT_LEVELS, ExecEvent, ExecutableKey, ExemptKey, HeardKey, HeldProcess, InboundRule,
+    ListenerKey, Network4, Network6, PATH_NAME_BYTES, PATH_NAMES, PORTS_PER_COMPANION, PROGRAM_NAME_BYTES,
+    PeerKey, PeerSlot, PortKey, ProgramName, Redirected, Route, RouteKey, TCP, UDP, UserKey, WorkloadConfig,
+    flags,
 };
 pub use slot::{GENERATION_BITS, SLOT_BITS, SLOTS, Slot, SlotAddress, tag};
 

@@ -101,7 +101,11 @@ fn original_destination(ctx: *mut bpf_sockopt, sk: *mut bpf_sock) -> Option<Dest
             None => None,
         };
     }
-    let Some(address) = address else { return steered(sk) };
+    let Some(address) = address else {
+        // What the kernel's connection tracking has answered is right for all else: a cgroup that is not Pillion's own holds
+        // other servers, too, and ports to which netfilter sends connections.
+        return if read!((*ctx).retval) == 0 { None } else { steered(sk) };
+    };
     match slots::ask(address, netns) {
         Asked::Found(destination, workload, seen) => {
             // Without room to keep the answer the slot stays taken: the companion may ask again.

@@ -8,9 +8,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use pillion_common::{
-    BoundKey, BySource, BySourceKey, CONNECTIONS, CompanionConfig, Counter, ExecutableKey, HeardKey,
-    InboundRule, ListenerKey, Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route, RouteKey,
-    SLOTS, Slot, UserKey, WorkloadConfig,
+    BoundKey, BySource, BySourceKey, CONNECTIONS, CompanionConfig, Counter, ExecutableKey, ExemptKey,
+    HeardKey, InboundRule, ListenerKey, Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route,
+    RouteKey, SLOTS, Slot, UserKey, WorkloadConfig,
 };
 
 /// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made.
@@ -102,6 +102,10 @@ pub static PL_BOUND: LruHashMap<BoundKey, u32, 65536> = LruHashMap::new();
 /// Who has sent datagrams to the workload's sockets.
 #[btf_map]
 pub static PL_HEARD: LruHashMap<HeardKey, u32, 65536> = LruHashMap::new();
+
+/// Cgroups that a workload's programs leave alone.
+#[btf_map]
+pub static PL_EXEMPT: HashMap<ExemptKey, u32, 16384, NO_PREALLOC> = HashMap::new();
 
 /// Companions' listening sockets. The kernel takes a socket out when it is closed: its presence says that the
 /// companion lives, whatever the agent does.

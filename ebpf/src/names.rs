@@ -88,10 +88,13 @@ fn is_loopback(ctx: *mut bpf_sock_addr) -> bool {
     is_local6(&address)
 }
 
+/// What this workload's programs have done with the socket. One that an inner workload's have taken is for the programs
+/// there, which have run by now and know its addresses.
 #[inline(always)]
 fn redirected(ctx: *mut bpf_sock_addr) -> Option<&'static Redirected> {
     // SAFETY: the entry stays while its socket is open, which it is during this call.
     unsafe { PL_REDIRECTED.get(cookie(ctx)) }
+        .filter(|redirected| redirected.workload == PL_WORKLOADS.get().workload)
 }
 
 #[inline(always)]

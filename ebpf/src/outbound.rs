@@ -19,6 +19,7 @@ use pillion_common::{
 
 use crate::{
     decide::decide,
+    exempt::is_exempt,
     maps::{PL_REDIRECTED, PL_WORKLOADS, count, kernel_has},
     slots::{self, Taken},
     socket::{
@@ -66,6 +67,9 @@ pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
     if protocol == 0 || sk.is_null() {
         return PASS;
     }
+    if is_exempt(config) {
+        return pass(ctx, config, false);
+    }
     let destination = Destination {
         address: [read!((*ctx).user_ip4), 0, 0, 0],
         port_be: read!((*ctx).user_port) as u16,
@@ -104,6 +108,9 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     let sk = socket_of(ctx);
     if protocol == 0 || sk.is_null() {
         return PASS;
+    }
+    if is_exempt(config) {
+        return pass(ctx, config, true);
     }
     let (address, family) = unmapped([
         read!((*ctx).user_ip6[0]),
@@ -203,7 +210,11 @@ pub fn pl_release(ctx: SockContext) -> i32 {
 /// that what is kept for them would stay, and no name could be shown for them.
 #[cgroup_sock(sock_create)]
 pub fn pl_socket(ctx: SockContext) -> i32 {
-    if read!((*ctx.sock).protocol) != IPPROTO_MPTCP || PL_WORKLOADS.get().flags & flags::OUTBOUND == 0 {
+    if read!((*ctx.sock).protocol) != IPPROTO_MPTCP {
+        return PASS;
+    }
+    let config = PL_WORKLOADS.get();
+    if config.flags & flags::OUTBOUND == 0 || is_exempt(config) {
         return PASS;
     }
     if kernel_has(kernel::RESULTS) {
@@ -369,7 +380,8 @@ fn bind_to_interface(ctx: *mut bpf_sock_addr, index: u32) -> bool {
     set(SO_BINDTOIFINDEX) || (index == 0 && set(SO_BINDTODEVICE))
 }
 
-/// Lets the connect go where the application wants, and undoes what an earlier one left on the socket.
+/// Lets the connect go where the application wants, and undoes what an earlier one left on the socket. What another
+/// workload's programs have done stays: those of an inner one run first, and may just have taken the socket.
 #[inline(always)]
 fn pass(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, v6: bool) -> i32 {
     let cookie = cookie(ctx);

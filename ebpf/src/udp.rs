@@ -19,6 +19,7 @@ use pillion_common::{
 
 use crate::{
     decide::decide,
+    exempt::is_exempt,
     maps::{PL_BOUND, PL_COMPANIONS, PL_HEARD, PL_REDIRECTED, PL_WORKLOADS, count, kernel_has},
     peers, slots,
     socket::{
@@ -37,7 +38,7 @@ pub fn pl_send4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let config = PL_WORKLOADS.get();
     let sk = socket_of(ctx);
-    if !concerned(ctx, config) || sk.is_null() {
+    if !concerned(ctx, config) || sk.is_null() || is_exempt(config) {
         return PASS;
     }
     let destination = Destination {
@@ -78,7 +79,7 @@ pub fn pl_send6(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let config = PL_WORKLOADS.get();
     let sk = socket_of(ctx);
-    if !concerned(ctx, config) || sk.is_null() {
+    if !concerned(ctx, config) || sk.is_null() || is_exempt(config) {
         return PASS;
     }
     let address = [

@@ -194,6 +194,7 @@ impl Machinery for Diary {
             on_failure: FailureMode::Open,
             sources: Sources::default(),
             companions: BTreeMap::new(),
+            exempt: BTreeMap::new(),
         }
     }
 

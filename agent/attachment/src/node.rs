@@ -266,7 +266,9 @@ impl Machinery for Node {
 
     async fn reset(&self, workload: &Workload, netns: &OwnedFd, rules: Rules<'_>) -> Result<usize, Fault> {
         let cgroup = &workload.instance.cgroup;
-        let reset = pillion_companion::reset_connections(netns.as_fd(), cgroup, rules.spec, rules.mode);
+        let exempt = self.dataplane.exempt_within(cgroup.id).into_iter().collect();
+        let netns = netns.as_fd();
+        let reset = pillion_companion::reset_connections(netns, cgroup, &exempt, rules.spec, rules.mode);
         reset.await.map_err(|error| Fault::of(&error))
     }
 

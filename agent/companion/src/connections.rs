@@ -58,7 +58,7 @@ pub enum ResetError {
     Netns(#[from] NetnsError),
 }
 
-/// Destroys the open TCP connections of `cgroup` and of those below it that `spec`, now in force, would have taken or
+/// Destroys the open TCP connections of `cgroup` and of those below it, but not in or below `exempt`, that `spec`, now in force, would have taken or
 /// refused. Both ends see a reset (`ECONNABORTED` and `ECONNRESET`). Returns how many were destroyed.
 ///
 /// To be called when the rules are in force, or connections made meanwhile would be missed. A connection counts as
@@ -66,16 +66,22 @@ pub enum ResetError {
 pub async fn reset_connections(
     netns: BorrowedFd<'_>,
     cgroup: &Cgroup,
+    exempt: &BTreeSet<CgroupId>,
     spec: &RedirectSpec,
     on_failure: FailureMode,
 ) -> Result<usize, ResetError> {
     let thread = NetnsThread::enter(netns).await?;
-    let (cgroup, spec) = (cgroup.clone(), spec.clone());
-    let reset = move || Ok(reset(&cgroup, &spec, on_failure));
+    let (cgroup, exempt, spec) = (cgroup.clone(), exempt.clone(), spec.clone());
+    let reset = move || Ok(reset(&cgroup, &exempt, &spec, on_failure));
     thread.run("reset open connections", reset).await?
 }
 
-fn reset(cgroup: &Cgroup, spec: &RedirectSpec, on_failure: FailureMode) -> Result<usize, ResetError> {
+fn reset(
+    cgroup: &Cgroup,
+    exempt: &BTreeSet<CgroupId>,
+    spec: &RedirectSpec,
+    on_failure: FailureMode,
+) -> Result<usize, ResetError> {
     let failed = |source| ResetError::Netns(NetnsError { operation: "reset open connections", source });
     let socket = sock_diag().map_err(failed)?;
     let patience = Instant::now() + HALF_OPEN_PATIENCE;
@@ -89,7 +95,7 @@ fn reset(cgroup: &Cgroup, spec: &RedirectSpec, on_failure: FailureMode) -> Resul
             for_each_socket(&socket, Protocol::Tcp, states, |message| connections.extend(parse(message)));
         dump.map_err(failed)?;
         // After the dump: a socket of a cgroup that is made meanwhile was redirected from its beginning.
-        let own = below(cgroup).map_err(ResetError::Cgroup)?;
+        let own = below(cgroup, exempt).map_err(ResetError::Cgroup)?;
         let concerned: Vec<Connection> = connections
             .into_iter()
             .filter(|connection| connection.concerned(spec, on_failure, &listening))
@@ -131,8 +137,8 @@ fn destroy(socket: &OwnedFd, connection: &Connection) -> Result<bool, ResetError
     }
 }
 
-/// The ids of a cgroup and of all below it.
-fn below(cgroup: &Cgroup) -> io::Result<BTreeSet<CgroupId>> {
+/// The ids of a cgroup and of all below it, less the exempt ones with what is below them.
+fn below(cgroup: &Cgroup, exempt: &BTreeSet<CgroupId>) -> io::Result<BTreeSet<CgroupId>> {
     let mut ids = BTreeSet::new();
     let mut waiting = vec![cgroup.path.clone()];
     while let Some(path) = waiting.pop() {
@@ -144,6 +150,9 @@ fn below(cgroup: &Cgroup) -> io::Result<BTreeSet<CgroupId>> {
         if ids.is_empty() && id != cgroup.id {
             // The workload has ended, and its path is another's.
             break;
+        }
+        if exempt.contains(&id) {
+            continue;
         }
         ids.insert(id);
         if ids.len() > MAX_CGROUPS {

@@ -19,17 +19,19 @@ use aya::{
 };
 use ipnet::IpNet;
 use pillion_common::{
-    BySource, BySourceKey, CompanionConfig, Counter, ExecutableKey, InboundRule, LAYOUT_VERSION, ListenerKey,
-    Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route, RouteKey, SLOTS, Slot, UserKey,
-    WorkloadConfig, tag,
+    BySource, BySourceKey, CompanionConfig, Counter, ExecutableKey, ExemptKey, InboundRule, LAYOUT_VERSION,
+    ListenerKey, Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route, RouteKey, SLOTS, Slot,
+    UserKey, WorkloadConfig, tag,
 };
 use pillion_workload::CgroupId;
 
 use crate::{
     Bpffs, Counters, RedirectError,
+    answering::Answering,
     btf::Offsets,
     features::Kernel,
     links::remove_if_there,
+    nesting::Nesting,
     object::{self, COMPANION_PROGRAMS, Constants, MAPS, WORKLOAD_PROGRAMS},
     rules::{Rules, words4, words6},
     steer::{Steer, SteerPool},
@@ -70,6 +72,10 @@ pub struct Dataplane {
     directory: PathBuf,
     programs: BTreeMap<&'static str, ProgramFd>,
     maps: Mutex<Maps>,
+    /// Locked before the maps.
+    nesting: Mutex<Nesting>,
+    /// Likewise.
+    answering: Mutex<Answering>,
     next_number: AtomicU32,
     steers: SteerPool,
     /// The programs can read which program a process executes.
@@ -92,6 +98,7 @@ pub(crate) struct Maps {
     executables: HashMap<MapData, ExecutableKey, u32>,
     listeners: SockHash<MapData, ListenerKey>,
     inbound: HashMap<MapData, PortKey, InboundRule>,
+    exempt: HashMap<MapData, ExemptKey, u32>,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -144,6 +151,8 @@ impl Dataplane {
         Ok(Arc::new(Self {
             programs,
             maps: Mutex::new(Maps::take(&mut object)?),
+            nesting: Mutex::default(),
+            answering: Mutex::default(),
             next_number,
             steers: SteerPool::new(pins, constants),
             tells_executables: offsets.is_some(),
@@ -201,6 +210,14 @@ impl Dataplane {
 
     pub(crate) fn maps(&self) -> MutexGuard<'_, Maps> {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn nesting(&self) -> MutexGuard<'_, Nesting> {
+        self.nesting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn answering(&self) -> MutexGuard<'_, Answering> {
+        self.answering.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Holds a directory for each workload.
@@ -266,6 +283,7 @@ impl Maps {
             executables: typed(object, "PL_EXECUTABLES")?,
             listeners: typed(object, "PL_LISTENERS")?,
             inbound: typed(object, "PL_INBOUND")?,
+            exempt: typed(object, "PL_EXEMPT")?,
             counters: typed(object, "PL_COUNTERS")?,
         })
     }
@@ -345,6 +363,13 @@ impl Maps {
         let listeners: Vec<_> = self.listeners.keys().flatten().filter(|key| strange(key.workload)).collect();
         for key in listeners {
             self.remove_listener(key)?;
+        }
+        // An inner workload's number stands in the value.
+        let exempt: Vec<_> = self.exempt.iter().flatten().collect();
+        for (key, inner) in exempt {
+            if strange(key.workload) || (inner != ExemptKey::COMPANION && strange(inner)) {
+                self.include_cgroup(key.workload, CgroupId(key.cgroup))?;
+            }
         }
         let redirected = self.redirected.iter().flatten().map(|(_, connection)| connection.workload);
         // A companion keeps answers longer than the application its socket.
@@ -435,6 +460,26 @@ impl Maps {
 
     pub(crate) fn leave_port(&mut self, key: PortKey) -> Result<(), RedirectError> {
         absent_is_fine(self.inbound.remove(&key), "PL_INBOUND")
+    }
+
+    /// The cgroups that a workload's programs leave alone, with the numbers of the inner workloads.
+    pub(crate) fn exempted(&self, workload: u32) -> BTreeMap<CgroupId, u32> {
+        let own = self.exempt.iter().flatten().filter(|(key, _)| key.workload == workload);
+        own.map(|(key, inner)| (CgroupId(key.cgroup), inner)).collect()
+    }
+
+    pub(crate) fn exempt_cgroup(
+        &mut self,
+        workload: u32,
+        cgroup: CgroupId,
+        inner: u32,
+    ) -> Result<(), RedirectError> {
+        let key = ExemptKey { cgroup: cgroup.0, workload, pad: 0 };
+        self.exempt.insert(key, inner, 0).map_err(RedirectError::map("PL_EXEMPT"))
+    }
+
+    pub(crate) fn include_cgroup(&mut self, workload: u32, cgroup: CgroupId) -> Result<(), RedirectError> {
+        absent_is_fine(self.exempt.remove(&ExemptKey { cgroup: cgroup.0, workload, pad: 0 }), "PL_EXEMPT")
     }
 
     pub(crate) fn add_listener(&mut self, key: ListenerKey, socket: &OwnedFd) -> Result<(), RedirectError> {

@@ -98,6 +98,12 @@ pub enum RedirectError {
         #[source]
         source: io::Error,
     },
+    /// A cgroup lies too deep to be told apart from those around it.
+    #[error("{} is more than {} cgroups deep", cgroup.display(), pillion_common::EXEMPT_LEVELS - 1)]
+    TooDeep {
+        /// Its path.
+        cgroup: PathBuf,
+    },
     /// A redirect target has no port yet.
     #[error("the redirect to companion {0} has no port; ports are settled before attaching")]
     NoPort(CompanionName),

@@ -9,7 +9,7 @@ use std::{
 };
 
 use aya_obj::generated::bpf_attach_type::BPF_SK_LOOKUP;
-use pillion_common::{AF_INET, AF_INET6, CompanionConfig, ListenerKey, PORTS_PER_COMPANION, WorkloadConfig};
+use pillion_common::{AF_INET, AF_INET6, ListenerKey};
 use pillion_workload::{
     Cgroup, CgroupId, CompanionName, FailureMode, Family, Protocol, ReadyCompanion, RedirectSpec,
 };
@@ -74,6 +74,9 @@ pub struct RedirectRecord {
     pub sources: Sources,
     /// The cgroup of each companion that was attached.
     pub companions: BTreeMap<CompanionName, CgroupId>,
+    /// Companions within the workload, whose own connections are left alone.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub exempt: BTreeMap<CompanionName, Cgroup>,
 }
 
 /// Redirection in force. [`RedirectGuard::detach`] ends it, [`RedirectGuard::leave`] keeps it for the next agent;
@@ -91,6 +94,7 @@ pub struct RedirectGuard {
     outbound: Vec<(&'static str, Link)>,
     inbound: Option<Link>,
     companions: BTreeMap<CompanionName, (CgroupId, Vec<Link>)>,
+    exempt: BTreeMap<CompanionName, Cgroup>,
     done: bool,
 }
 
@@ -110,14 +114,17 @@ impl Dataplane {
             outbound: Vec::new(),
             inbound: None,
             companions: BTreeMap::new(),
+            exempt: BTreeMap::new(),
             done: false,
         };
+        self.enter(number, request.cgroup)?;
         guard.create_directory("")?;
         guard.write_entries(&guard.rules)?;
         for ready in request.companions {
             guard.companion_ready(ready)?;
         }
         guard.connect_links(request.netns, steer)?;
+        self.settle_in(number)?;
         Ok(guard)
     }
 
@@ -129,6 +136,10 @@ impl Dataplane {
         netns: BorrowedFd<'_>,
     ) -> Result<RedirectGuard, RedirectError> {
         let mut guard = self.restore(record)?;
+        for (name, cgroup) in &record.exempt {
+            self.exempt(record.number, name, cgroup)?;
+        }
+        guard.exempt.clone_from(&record.exempt);
         guard.create_directory("")?;
         guard.write_entries(&guard.rules)?;
         let wanted = guard.workload_programs().count();
@@ -170,9 +181,13 @@ impl Dataplane {
                 }
             }
             if links.len() == guard.companion_programs().count() {
+                let ports = guard.rules.companion_ports.get(name).into_iter().flatten();
+                let ports = ports.map(|(port, _)| *port).collect();
+                self.answers(record.number, name, *cgroup, &ports);
                 guard.companions.insert(name.clone(), (*cgroup, links));
             }
         }
+        self.settle_in(record.number)?;
         Ok(guard)
     }
 
@@ -195,6 +210,7 @@ impl Dataplane {
     }
 
     fn restore(self: &Arc<Self>, record: &RedirectRecord) -> Result<RedirectGuard, RedirectError> {
+        self.enter(record.number, &record.cgroup)?;
         Ok(RedirectGuard {
             dataplane: Arc::clone(self),
             cgroup: record.cgroup.clone(),
@@ -211,6 +227,7 @@ impl Dataplane {
             outbound: Vec::new(),
             inbound: None,
             companions: BTreeMap::new(),
+            exempt: BTreeMap::new(),
             // An error on the way leaves in force what is there.
             done: true,
         })
@@ -228,6 +245,7 @@ impl RedirectGuard {
             on_failure: self.on_failure,
             sources: self.sources,
             companions: self.companions.iter().map(|(name, (cgroup, _))| (name.clone(), *cgroup)).collect(),
+            exempt: self.exempt.clone(),
         }
     }
 
@@ -240,18 +258,14 @@ impl RedirectGuard {
         let name = ready.name().clone();
         let Some(ports) = self.rules.companion_ports.get(&name).cloned() else { return Ok(()) };
         let numbers: BTreeSet<u16> = ports.iter().map(|(port, _)| *port).collect();
-        if numbers.len() > PORTS_PER_COMPANION {
-            return Err(RedirectError::TooManyPorts { companion: name, count: numbers.len() });
+        self.exempt.remove(&name);
+        if self.dataplane.exempt(self.rules.config.workload, &name, ready.cgroup())? {
+            self.exempt.insert(name.clone(), ready.cgroup().clone());
         }
         self.attach_companion(&name, ready.cgroup())?;
-        let mut config =
-            CompanionConfig { workload: self.rules.config.workload, ..CompanionConfig::default() };
-        for (place, port) in config.ports.iter_mut().zip(&numbers) {
-            *place = *port;
-        }
         let workload = self.rules.config.workload;
+        self.dataplane.answer(workload, &name, ready.cgroup().id, &numbers)?;
         let mut maps = self.dataplane.maps();
-        maps.configure_companion(ready.cgroup().id, &config)?;
         for (port, protocol) in ports {
             let mut listens = false;
             for (family, key) in
@@ -314,6 +328,12 @@ impl RedirectGuard {
             _ => None,
         };
         self.connect_links(netns, steer)?;
+        // Its programs stay: it may have accepted connections that it has not asked for yet.
+        for name in old.companion_ports.keys().filter(|name| !self.rules.companion_ports.contains_key(*name))
+        {
+            self.dataplane.include(number, name)?;
+            self.exempt.remove(name);
+        }
         let mut maps = self.dataplane.maps();
         maps.remove_table(&old)?;
         for port in old.inbound.keys().filter(|port| !self.rules.inbound.contains_key(port)) {
@@ -352,9 +372,11 @@ impl RedirectGuard {
 
     /// Ends the links of the workload: one write turns redirection off, then they go one by one.
     fn stop_redirecting(&mut self) -> Result<(), RedirectError> {
-        let mut result = Ok(());
+        let number = self.rules.config.workload;
+        // From now on it is the matter of the workloads around it.
+        let mut result = self.dataplane.move_out(number);
         if self.outbound.iter().any(|(_, link)| link.has_cgroup()) {
-            result = self.dataplane.maps().configure_workload(self.cgroup.id, &WorkloadConfig::default());
+            result = result.and(self.dataplane.configure(number, None));
         }
         let outbound = self.outbound.drain(..).rev().map(|(_, link)| link);
         for link in self.inbound.take().into_iter().chain(outbound) {
@@ -373,20 +395,32 @@ impl RedirectGuard {
         };
         note(self.stop_redirecting());
         let directory = self.dataplane.links(self.rules.config.workload);
-        for (name, (_, links)) in std::mem::take(&mut self.companions) {
-            for link in links {
-                note(link.detach());
-            }
-            let path = directory.join(directory_name(name.as_str()));
-            note(remove_if_there(fs::remove_dir(&path)).map_err(RedirectError::sys("cannot remove", &path)));
+        for name in self.companions.keys().cloned().collect::<Vec<_>>() {
+            note(self.part_with(&name));
         }
         note(self.remove_entries());
+        note(self.dataplane.forget(self.rules.config.workload));
         note(self.dataplane.maps().forget_connections(self.rules.config.workload));
         note(
             remove_if_there(fs::remove_dir(&directory))
                 .map_err(RedirectError::sys("cannot remove", &directory)),
         );
         first.map_or(Ok(()), Err)
+    }
+
+    /// Detaches a companion's programs. Goes on after an error and returns the first.
+    fn part_with(&mut self, name: &CompanionName) -> Result<(), RedirectError> {
+        let Some((cgroup, links)) = self.companions.remove(name) else { return Ok(()) };
+        let number = self.rules.config.workload;
+        let mut result = self.dataplane.include(number, name);
+        self.exempt.remove(name);
+        for link in links {
+            result = result.and(link.detach());
+        }
+        result = result.and(self.dataplane.answer_no_more(number, name, cgroup));
+        let path = self.dataplane.links(number).join(directory_name(name.as_str()));
+        let removed = remove_if_there(fs::remove_dir(&path));
+        result.and(removed.map_err(RedirectError::sys("cannot remove", &path)))
     }
 
     fn clear_other_table(&mut self) -> Result<(), RedirectError> {
@@ -433,7 +467,7 @@ impl RedirectGuard {
         for (index, program) in wanted.iter().enumerate() {
             if index == 1 {
                 // The first program has made the cgroup's storage; connect programs come after this.
-                self.dataplane.maps().configure_workload(self.cgroup.id, &self.rules.config)?;
+                self.dataplane.configure(self.rules.config.workload, Some(self.rules.config))?;
             }
             if let Some(cgroup) = &cgroup
                 && !self.outbound.iter().any(|(name, _)| *name == program.name)
@@ -446,7 +480,7 @@ impl RedirectGuard {
             }
         }
         if wanted.is_empty() && !self.outbound.is_empty() {
-            self.dataplane.maps().configure_workload(self.cgroup.id, &self.rules.config)?;
+            self.dataplane.configure(self.rules.config.workload, Some(self.rules.config))?;
         }
         let is_wanted = |name: &str| wanted.iter().any(|program| program.name == name);
         while let Some(at) = self.outbound.iter().rposition(|(name, _)| !is_wanted(name)) {
@@ -469,6 +503,9 @@ impl RedirectGuard {
             && links.iter().all(Link::has_cgroup)
         {
             return Ok(());
+        }
+        if let Some((before, _)) = self.companions.get(name) {
+            self.dataplane.answer_no_more(self.rules.config.workload, name, *before)?;
         }
         self.create_directory(&directory_name(name.as_str()))?;
         let target = open_directory(&cgroup.path)?;

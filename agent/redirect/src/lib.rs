@@ -14,6 +14,7 @@
 //! v2/held/PID                       what the agent with this pid has stopped at exec
 //! ```
 
+mod answering;
 mod bpffs;
 mod btf;
 mod conflicts;
@@ -25,6 +26,7 @@ mod features;
 mod guard;
 mod inventory;
 mod links;
+mod nesting;
 mod object;
 mod ownership;
 mod probe;

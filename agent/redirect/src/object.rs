@@ -69,7 +69,7 @@ pub(crate) const COMPANION_PROGRAMS: [CgroupProgram; 3] = [
 pub(crate) const STEER_PROGRAM: &str = "pl_steer";
 
 /// Every map of the objects.
-pub(crate) const MAPS: [&str; 20] = [
+pub(crate) const MAPS: [&str; 21] = [
     "PL_WORKLOADS",
     "PL_COMPANIONS",
     "PL_SLOTS",
@@ -88,6 +88,7 @@ pub(crate) const MAPS: [&str; 20] = [
     "PL_HEARD",
     "PL_LISTENERS",
     "PL_INBOUND",
+    "PL_EXEMPT",
     "PL_COUNTERS",
     "PL_LOCKS",
 ];

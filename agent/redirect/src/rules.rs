@@ -58,6 +58,7 @@ impl Rules {
                 route: Route::default(),
                 source4: words4(sources.v4),
                 source6: words6(sources.v6),
+                exempt_levels: 0,
             },
             tables: Tables::default(),
             users: spec.exclude.users.clone(),

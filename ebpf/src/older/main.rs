@@ -19,6 +19,8 @@ mod atomic;
 mod companion;
 #[path = "../decide.rs"]
 mod decide;
+#[path = "../exempt.rs"]
+mod exempt;
 #[path = "../inbound.rs"]
 mod inbound;
 #[path = "../maps.rs"]
