@@ -34,6 +34,13 @@ impl CgroupGuard {
         Self::at(self.path.join(name))
     }
 
+    /// A new cgroup below that of a process.
+    pub fn below(pid: u32, name: &str) -> Result<Self> {
+        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).context("a cgroup2 path")?;
+        Self::at(cgroup2_mount()?.join(path).join(name))
+    }
+
     fn at(path: PathBuf) -> Result<Self> {
         fs::create_dir(&path).with_context(|| format!("cannot make the cgroup {}", path.display()))?;
         Ok(Self { path })

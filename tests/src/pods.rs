@@ -20,8 +20,8 @@ use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest, CreateContainerRequest,
     ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
     LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
-    VersionRequest, runtime_service_client::RuntimeServiceClient,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest, VersionRequest, runtime_service_client::RuntimeServiceClient,
 };
 use nix::{sys::signal::Signal, unistd::Pid};
 use tokio::{runtime, time::timeout};
@@ -245,6 +245,12 @@ impl Pod<'_> {
             let status = answer.ok()?.status?;
             (status.state == ContainerState::ContainerExited as i32).then_some(status.exit_code)
         })
+    }
+
+    /// Kills a running container.
+    pub fn kill(&self, container: &str) -> Result<()> {
+        let request = StopContainerRequest { container_id: container.to_owned(), timeout: 0 };
+        self.pods.ask(async |mut client| client.stop_container(request).await).map(drop)
     }
 
     /// Stops it and removes it, as when a pod is deleted.

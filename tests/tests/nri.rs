@@ -221,6 +221,39 @@ fn init_containers_and_applications_are_captured_from_their_first_instruction_by
     first_connections("sid")
 }
 
+#[test]
+fn a_container_of_the_pod_is_its_companion() -> Result<()> {
+    on_machine(|machine| {
+        let mesh = policy("web", "web", "{ name: r, external: { container: mesh } }", ":15001", "closed");
+        let stage = Stage::with_agent(machine, "sid", &[("web.yaml", mesh)])?;
+        let pod = stage.pods.run(&PodSpec { name: "web-1", labels: WEB, ..PodSpec::default() })?;
+        // One with another name is not the companion. It could not start if the companion were waited for.
+        let other = ["/bin/nc", "-ll", "-p", "15001", "-e", "/bin/cat"];
+        let other = pod.run("other", &other)?;
+        let told = stage.agent.until(&pod.id(), "a stranger", |it| {
+            it["reason"].as_str().is_some_and(|reason| reason.contains("it is in no container named mesh"))
+        })?;
+        ensure!(told["verdict"] == "degraded", "{told}");
+        let ask = format!("echo hello | /bin/nc -w5 {GATEWAY} 8080 | grep hello");
+        let ask = ["/bin/sh", "-c", &ask];
+        let refused = pod.run("refused", &ask)?;
+        ensure!(pod.exit_code(&refused)? != 0, "nothing is to pass");
+        pod.kill(&other)?;
+
+        let answer = ["/bin/nc", "-ll", "-p", "15001", "-e", "/bin/cat"];
+        pod.run("mesh", &answer)?;
+        let attached = stage.agent.until_verdict(&pod.id(), "attached")?;
+        ensure!(attached["companions"][0]["external"] == true, "{attached}");
+        let app = pod.run("app", &ask)?;
+        assert_eq!(pod.exit_code(&app)?, 0);
+        ensure!(stage.echo.peers().is_empty(), "the companion has answered, not {:?}", stage.echo.peers());
+        let id = pod.id();
+        pod.delete()?;
+        stage.agent.until_forgotten(&id)?;
+        stage.end()
+    })
+}
+
 /// A companion that ends at once, and one that is never ready, under both failure modes.
 fn failing_policies() -> Vec<(&'static str, String)> {
     let ready = "ready: { tcp: { port: 15001 }, timeout: 60s }";

@@ -2,9 +2,10 @@
 //! Each one's connections follow its own policy, whatever the others do.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     net::SocketAddr,
     os::fd::AsFd as _,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -13,17 +14,19 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nix::errno::Errno;
+use nix::{errno::Errno, sys::signal::Signal};
 use pillion_redirect::{
     AttachRequest, Bpffs, Dataplane, LoadOptions, RedirectGuard, RedirectRecord, Sources,
 };
 use pillion_tests::{
-    CgroupGuard, EchoServer, NetNs, Place, Puppet, on_machine,
+    CgroupGuard, EchoServer, Machine, NetNs, Place, ProcessGuard, Puppet, on_machine, programs,
     puppet::{Domain, Socket},
     ready::{identity, ready},
+    scene::{KIND, Scene, connected, id, source_is, still_answers},
     wait_until,
 };
 use pillion_workload::{CompanionName, Exclusions, FailureMode, OutboundRule, RedirectSpec, Target};
+use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(20);
 /// Nobody is there: only a companion can answer.
@@ -374,5 +377,185 @@ fn what_inner_programs_have_taken_outer_ones_leave() -> Result<()> {
         outer.detach()?;
         drop(nested);
         lot.end()
+    })
+}
+
+/// Containers with the label `app=web` send what they dial to an Envoy that is there already, as user 65534 in a cgroup of
+/// its own within theirs.
+fn mesh(more: &str) -> String {
+    format!(
+        "{KIND}\nmetadata: {{ name: mesh }}\nspec:\n  select: {{ runtimes: [containerd], labels: {{ app: web }} }}\n  \
+         companions: [{{ name: mesh, external: {{ users: [65534], executables: [\"*/envoy\"], cgroup: \"*/mesh\" }}{more} }}]\n  \
+         redirect: {{ outbound: [{{ to: \"mesh:15001\" }}] }}\n  onFailure: closed\n"
+    )
+}
+
+/// The Envoy of a mesh, which its owner starts.
+struct Mesh<'a> {
+    machine: &'a Machine,
+    program: PathBuf,
+    configuration: PathBuf,
+    cgroup: CgroupGuard,
+}
+
+impl<'a> Mesh<'a> {
+    /// In the cgroup `mesh` below that of a container.
+    fn within(machine: &'a Machine, scene: &Scene, container: &str) -> Result<Self> {
+        let pid = scene.containerd.pid(container)?;
+        let cgroup = CgroupGuard::below(pid, "mesh")?;
+        let file = programs::checkout().join("packaging/companions/envoy/envoy.yaml");
+        let mut text = fs::read_to_string(file)?;
+        for (variable, value) in
+            [("workload", "w"), ("companion", "mesh"), ("outboundPort", "15001"), ("inboundPort", "15006")]
+        {
+            text = text.replace(&format!("{{{{ {variable} }}}}"), value);
+        }
+        let program = programs::for_everybody(&programs::envoy()?, machine.directory())?;
+        Ok(Self { machine, program, configuration: machine.file("mesh.yaml", &text)?, cgroup })
+    }
+
+    fn start(&self, scene: &Scene) -> Result<ProcessGuard> {
+        let mut command = self.cgroup.command("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&self.program).arg("-c");
+        command.arg(&self.configuration).args([
+            "--disable-hot-restart",
+            "--concurrency",
+            "1",
+            "-l",
+            "warning",
+        ]);
+        command.current_dir(self.machine.directory());
+        ProcessGuard::spawn_in(&scene.near, "envoy", &mut command)
+    }
+}
+
+/// Says something to the echo server, which must have come through the mesh: it dialled from a port of its own.
+fn says_through_mesh(scene: &Scene, app: &mut Puppet) -> Result<()> {
+    let before = scene.echo.peers().len();
+    let socket = connected(app, scene.echo.address())?;
+    let own = app.names(socket)??;
+    assert_eq!(own.peer, Some(scene.echo.address()));
+    still_answers(app, socket, "through the mesh")?;
+    app.close(socket)??;
+    let peers = scene.echo.peers();
+    ensure!(peers.len() == before + 1, "{} connections for one", peers.len() - before);
+    ensure!(peers.last() != Some(&own.local), "it was not relayed");
+    Ok(())
+}
+
+fn reason(workload: &Value) -> String {
+    workload["reason"].as_str().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn a_mesh_that_runs_already_is_used_and_left_alone() -> Result<()> {
+    on_machine(|machine| {
+        let mut scene = Scene::new(machine)?;
+        scene.agent.policy("mesh.yaml", &mesh(""))?;
+        scene.agent.run()?;
+        scene.agent.until_status("containerd", source_is("up"))?;
+        let mut app = scene.puppet("web", &[("app", "web")])?;
+        let id = id("web");
+        let absent = scene.agent.until_verdict(&id, "degraded")?;
+        ensure!(reason(&absent).contains("companion mesh is not ready"), "{absent}");
+        assert_eq!(app.converse(scene.echo.address(), "?")?, Err(Errno::ECONNREFUSED));
+
+        let mesh = Mesh::within(machine, &scene, "web")?;
+        let envoy = mesh.start(&scene)?;
+        let attached = scene.agent.until_verdict(&id, "attached")?;
+        let companion = &attached["companions"][0];
+        assert_eq!(
+            (&companion["external"], companion["pid"].as_u64()),
+            (&true.into(), Some(envoy.pid().into()))
+        );
+        for _ in 0..10 {
+            says_through_mesh(&scene, &mut app)?;
+        }
+        let done = app.exchange(scene.echo.address(), 50, 50_000)??;
+        assert_eq!((done.exact, done.faults), (50, vec![]));
+        // Each of the application's connections was redirected, and none of Envoy's.
+        assert_eq!(scene.redirected()?, 60);
+        let listed = scene.agent.cli(&["list"])?.success()?.stdout;
+        ensure!(listed.contains("mesh(external)"), "{listed}");
+        let described = scene.agent.cli(&["describe", &id])?.success()?.stdout;
+        ensure!(
+            described.contains("external, run by others") && described.contains("user 65534"),
+            "{described}"
+        );
+
+        // Its owner loses it, and starts it again.
+        drop(envoy);
+        wait_until("a refusal", SOON, || {
+            app.converse(scene.echo.address(), "?").is_ok_and(|said| said == Err(Errno::ECONNREFUSED))
+        })?;
+        scene.agent.until_verdict(&id, "degraded")?;
+        let mut envoy = mesh.start(&scene)?;
+        scene.agent.until_verdict(&id, "attached")?;
+        says_through_mesh(&scene, &mut app)?;
+
+        // Another agent finds it, and until then the kernel goes on.
+        scene.agent.stop(Signal::SIGKILL)?;
+        says_through_mesh(&scene, &mut app)?;
+        scene.agent.run()?;
+        scene.agent.until_verdict(&id, "attached")?;
+        for _ in 0..10 {
+            says_through_mesh(&scene, &mut app)?;
+        }
+
+        fs::remove_file(scene.agent.policy_dir().join("mesh.yaml"))?;
+        scene.agent.until_verdict(&id, "notMatched")?;
+        scene.says_directly(&mut app)?;
+        ensure!(!envoy.has_ended(), "Envoy was ended");
+        assert_eq!(
+            fs::read_to_string(mesh.cgroup.path().join("cgroup.procs"))?.trim(),
+            envoy.pid().to_string()
+        );
+        drop((envoy, mesh, app));
+        scene.end()
+    })
+}
+
+#[test]
+fn who_else_listens_on_the_port_is_not_the_mesh() -> Result<()> {
+    on_machine(|machine| {
+        let mut scene = Scene::new(machine)?;
+        scene.agent.policy("mesh.yaml", &mesh(", ready: { http: { port: 9901, path: /ready } }"))?;
+        scene.agent.run()?;
+        scene.agent.until_status("containerd", source_is("up"))?;
+        let mut app = scene.puppet("web", &[("app", "web")])?;
+        let id = id("web");
+        let taken = app.listen("127.0.0.1:15001".parse()?)??;
+        let told =
+            scene.agent.until(&id, "a stranger", |it| reason(it).contains("is not the companion's"))?;
+        ensure!(reason(&told).contains("its executable is another"), "{told}");
+        assert_eq!(app.converse(scene.echo.address(), "?")?, Err(Errno::ECONNREFUSED));
+        app.close(taken)??;
+        let mesh = Mesh::within(machine, &scene, "web")?;
+        let envoy = mesh.start(&scene)?;
+        scene.agent.until_verdict(&id, "attached")?;
+        says_through_mesh(&scene, &mut app)?;
+        scene.agent.stop(Signal::SIGTERM)?;
+        drop((envoy, mesh, app));
+        scene.end()
+    })
+}
+
+#[test]
+fn a_companion_in_the_workloads_own_cgroup_would_meet_itself() -> Result<()> {
+    on_machine(|machine| {
+        let mut scene = Scene::new(machine)?;
+        let policy = mesh("").replace(
+            "users: [65534], executables: [\"*/envoy\"], cgroup: \"*/mesh\"",
+            "executables: [\"*/pillion-puppet\"]",
+        );
+        scene.agent.policy("mesh.yaml", &policy)?;
+        scene.agent.run()?;
+        scene.agent.until_status("containerd", source_is("up"))?;
+        let mut app = scene.puppet("web", &[("app", "web")])?;
+        app.listen("127.0.0.1:15001".parse()?)??;
+        let told = scene.agent.until(&id("web"), "a refusal", |it| reason(it).contains("own cgroup"))?;
+        ensure!(reason(&told).contains("cgroup of its own"), "{told}");
+        assert_eq!(app.converse(scene.echo.address(), "?")?, Err(Errno::ECONNREFUSED));
+        scene.end()
     })
 }

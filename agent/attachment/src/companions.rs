@@ -38,6 +38,9 @@ impl<M: Machinery> Driver<M> {
             ports: slot.ports.clone(),
         };
         let limit = slot.spec.ready.timeout.saturating_add(START_MARGIN);
+        // What somebody else runs is not started, but taken up wherever it is.
+        let record = || CompanionRecord::external(self.workload.id.clone(), slot.spec.name.clone());
+        let earlier = earlier.or_else(|| slot.spec.is_external().then(record));
         slot.stage = Stage::Starting(self.kept.starts.spawn(async move {
             let work = async {
                 match earlier {
@@ -68,6 +71,11 @@ impl<M: Machinery> Driver<M> {
                 self.kept.slots[index].stage = Stage::Up(companion);
                 match (proof, process) {
                     (Some(ready), Some(process)) => self.ready(index, ready, process.pid).await,
+                    // It may be within what is held, and come only when that may run: nobody waits for it.
+                    _ if self.kept.slots[index].spec.is_external() => {
+                        self.kept.slots[index].tried = true;
+                        Ok(())
+                    }
                     // Taken up from an earlier agent: whether it is ready follows as an event.
                     _ => Ok(()),
                 }

@@ -2,9 +2,9 @@
 //!
 //! Owns when they are reset: once the rules act as they are meant to, so that what is made anew goes to the companion. With
 //! `onFailure: open` that is when every companion is ready, since before that the workload would only have connected
-//! directly again; with `closed` at once, because nothing may pass. Never judges which connections they are.
+//! directly again; with `closed` at once, because nothing may pass, unless a companion has to be found first. Never judges which connections they are.
 
-use pillion_workload::{ExistingConnections, FailureMode, FirstInstruction, Plan};
+use pillion_workload::{CompanionSpec, ExistingConnections, FailureMode, FirstInstruction, Plan};
 use tracing::{info, warn};
 
 use crate::{
@@ -34,11 +34,12 @@ impl<M: Machinery> Driver<M> {
 
     /// Resets what is due when it is time.
     pub(crate) async fn reset_what_is_due(&mut self) {
+        let complete = matches!(&self.kept.state, State::Attached { missing } if missing.is_empty());
+        // What somebody else's companion within the workload has open is not the workload's, which is known once it is found.
+        let known = !self.plan.companions.iter().any(CompanionSpec::is_external);
         let acts = match self.plan.on_failure {
-            FailureMode::Closed => true,
-            FailureMode::Open => {
-                matches!(&self.kept.state, State::Attached { missing } if missing.is_empty())
-            }
+            FailureMode::Closed => known || complete,
+            FailureMode::Open => complete,
         };
         if !self.kept.reset_due || !acts || self.kept.guard.is_none() {
             return;

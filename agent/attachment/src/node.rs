@@ -295,6 +295,7 @@ fn prepared(launch: LaunchOf) -> Result<Launch, Fault> {
         workload: launch.workload.id.clone(),
         workload_name: launch.workload.subject.name.clone(),
         workload_namespace: launch.workload.subject.namespace.clone(),
+        workload_cgroup: launch.workload.instance.cgroup.id,
         netns,
         ports: launch.ports,
     })

@@ -47,6 +47,8 @@ pub struct CompanionView {
     pub name: CompanionName,
     /// Whether it is ready.
     pub ready: bool,
+    /// Whether somebody else runs it.
+    pub external: bool,
     /// Whether it is waiting for its turn or its next attempt.
     pub waiting: bool,
     /// Its main process, as of its last readiness.

@@ -57,7 +57,8 @@ impl<M: Machinery> Slot<M> {
 
     /// Ready for the first time, or again. Tells whether it was started again in between.
     pub(crate) fn ready(&mut self, pid: Pid) -> bool {
-        let restarted = self.tried && self.pid != Some(pid);
+        let before = self.pid.is_some() || !self.spec.is_external();
+        let restarted = self.tried && before && self.pid != Some(pid);
         self.restarts += u64::from(restarted);
         (self.is_ready, self.tried, self.failures) = (true, true, 0);
         (self.pid, self.error) = (Some(pid), None);
@@ -89,6 +90,7 @@ impl<M: Machinery> Slot<M> {
             name: self.spec.name.clone(),
             ready: self.is_ready,
             waiting: matches!(self.stage, Stage::Idle | Stage::Waiting(_)),
+            external: self.spec.is_external(),
             pid: self.pid.filter(|_| matches!(self.stage, Stage::Up(_))),
             restarts: self.restarts,
             error: self.error.clone(),

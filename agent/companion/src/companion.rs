@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use pillion_workload::{CompanionName, ProcessId, ReadyCompanion, WorkloadId};
+use pillion_workload::{CompanionKind, CompanionName, ProcessId, ReadyCompanion, WorkloadId};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -19,6 +19,7 @@ use crate::{
     cgroup::CgroupPath,
     directory::CompanionDirectory,
     error::CompanionError,
+    external::External,
     host::{Host, Launch},
     process::{Ending, Process},
     supervise::{Installed, Order, Phase, Supervisor},
@@ -120,7 +121,12 @@ impl Companion {
     /// Takes up a companion that an earlier agent started. It is never stopped for that: when it is alive, it is
     /// looked at and [`CompanionEvent::Ready`] follows; when it is dead, [`CompanionEvent::Exited`] follows and a
     /// restart at once. After an error call [`discard`].
+    ///
+    /// One that somebody else runs is always taken up, with [`CompanionRecord::external`] the first time.
     pub async fn adopt(host: &Host, launch: Launch, record: CompanionRecord) -> Result<Self, CompanionError> {
+        if matches!(launch.spec.kind, CompanionKind::External(_)) {
+            return Ok(Self::watched(host, launch, record));
+        }
         let process = match record.process {
             Some(id) => Process::open(id)?,
             None => None,
@@ -141,6 +147,16 @@ impl Companion {
         let (workload, name) = (installed.launch().workload.clone(), installed.launch().spec.name.clone());
         let supervisor = Supervisor::new(installed, shared.clone(), event_sender, order_receiver);
         tokio::spawn(supervisor.run(phase));
+        Self { workload, name, shared, orders, events: Some(events) }
+    }
+
+    fn watched(host: &Host, launch: Launch, record: CompanionRecord) -> Self {
+        let (orders, order_receiver) = mpsc::channel(1);
+        let (event_sender, events) = mpsc::channel(EVENTS);
+        let (workload, name) = (launch.workload.clone(), launch.spec.name.clone());
+        let shared = Arc::new(Shared { record: Mutex::new(record), leaving: AtomicBool::new(false) });
+        let watch = External::new(host, launch, shared.clone(), event_sender, order_receiver);
+        tokio::spawn(watch.run());
         Self { workload, name, shared, orders, events: Some(events) }
     }
 
@@ -237,4 +253,11 @@ pub struct CompanionRecord {
     pub process: Option<ProcessId>,
     /// Starts so far, the first included.
     pub starts: u32,
+}
+
+impl CompanionRecord {
+    /// Of a companion that somebody else runs: there is nothing to keep.
+    pub fn external(workload: WorkloadId, name: CompanionName) -> Self {
+        Self { workload, name, process: None, starts: 0 }
+    }
 }

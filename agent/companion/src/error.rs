@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
+use pillion_workload::Pid;
+
 use crate::{
     cgroup::CgroupError,
     launch::LaunchError,
@@ -92,6 +94,44 @@ pub enum CompanionError {
     PortTaken {
         /// The port.
         port: u16,
+    },
+    /// Somebody else listens where one is expected that somebody else runs.
+    #[error("port {port} of the workload's network namespace is not the companion's: {who}")]
+    Stranger {
+        /// The port.
+        port: u16,
+        /// Who does, and why that is not the companion.
+        who: String,
+    },
+    /// It is found where no programs are attached.
+    #[error(
+        "the companion, process {pid}, is in the root cgroup, to which nothing is attached; run it in a cgroup of its own"
+    )]
+    InRootCgroup {
+        /// Its process.
+        pid: Pid,
+    },
+    /// Its own connections could not be told from the workload's.
+    #[error(
+        "the companion, process {pid}, is in the workload's own cgroup, so that its connections would come back to it; run it in a cgroup of its own, as a container of the pod is"
+    )]
+    InWorkloadCgroup {
+        /// Its process.
+        pid: Pid,
+    },
+    /// Somebody else starts it.
+    #[error("somebody else runs this companion: it is not started")]
+    NotOurs,
+    /// It is not where it was.
+    #[error("the companion no longer listens as it did")]
+    ListenerGone,
+    /// The names of containers are not known.
+    #[error("cannot tell which container is named {name}: {reason}")]
+    Containers {
+        /// The name.
+        name: String,
+        /// Why not.
+        reason: String,
     },
     /// It could not be removed within its time.
     #[error("the companion was not stopped and removed within {timeout:?}")]

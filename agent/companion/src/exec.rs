@@ -69,6 +69,7 @@ impl Prepared {
         let request = match &launch.spec.kind {
             CompanionKind::Exec(exec) => self.command_request(&exec.command, launch, cgroup)?,
             CompanionKind::Relay => self.request(builtin::program(launch)?, Vec::new(), launch, cgroup)?,
+            CompanionKind::External(_) => return Err(CompanionError::NotOurs),
         };
         let log = self.directory.path().join(crate::directory::LOG);
         let open = |stream| logs::open_for_companion(&log, stream, &self.identity).map(Output::Given);

@@ -2,15 +2,17 @@
 
 use std::{
     collections::BTreeSet,
+    fmt, io,
     os::fd::OwnedFd,
     path::PathBuf,
+    pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use pillion_workload::{CompanionSpec, Protocol, WorkloadId};
+use pillion_workload::{CgroupId, CompanionSpec, Protocol, WorkloadId};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -40,12 +42,22 @@ pub struct Host {
     shared: Arc<Shared>,
 }
 
+/// Tells which containers of this node bear a name.
+pub trait ContainerNames: fmt::Debug + Send + Sync {
+    /// The ids of all containers that Kubernetes knows by this name, in whichever pods.
+    fn ids_of<'a>(
+        &'a self,
+        name: &'a str,
+    ) -> Pin<Box<dyn Future<Output = io::Result<Vec<String>>> + Send + 'a>>;
+}
+
 #[derive(Debug)]
 struct Shared {
     config: HostConfig,
     logs: LogHub,
     launchers: Launchers,
     leaving: AtomicBool,
+    containers: OnceLock<Arc<dyn ContainerNames>>,
 }
 
 impl Host {
@@ -55,7 +67,18 @@ impl Host {
     pub fn new(config: HostConfig, logs: mpsc::Sender<LogLine>) -> Result<Self, CompanionError> {
         let logs = LogHub::spawn(logs).map_err(|source| CompanionError::Logs { source })?;
         let launchers = Launchers::new(config.launcher.clone());
-        Ok(Self { shared: Arc::new(Shared { config, logs, launchers, leaving: AtomicBool::new(false) }) })
+        let (leaving, containers) = (AtomicBool::new(false), OnceLock::new());
+        Ok(Self { shared: Arc::new(Shared { config, logs, launchers, leaving, containers }) })
+    }
+
+    /// From now on companions that somebody else runs can be known by the names of their containers.
+    pub fn tell_container_names(&self, names: Arc<dyn ContainerNames>) {
+        // Said once, at the start; a second time would say the same.
+        let _ = self.shared.containers.set(names);
+    }
+
+    pub(crate) fn container_names(&self) -> Option<&dyn ContainerNames> {
+        self.shared.containers.get().map(Arc::as_ref)
     }
 
     /// How companions are run.
@@ -99,6 +122,8 @@ pub struct Launch {
     pub workload_name: String,
     /// The workload's namespace, where the runtime has such: `{{ namespace }}`.
     pub workload_namespace: Option<String>,
+    /// The workload's cgroup.
+    pub workload_cgroup: CgroupId,
     /// The workload's network namespace.
     pub netns: OwnedFd,
     /// The ports on which redirection expects it.

@@ -35,16 +35,7 @@ pub(crate) struct Look {
 /// Looks for listeners on `ports`. Must run on a thread in the workload's network namespace; ends soon after
 /// `deadline` however many descriptors the companion has opened.
 pub(crate) fn look(ports: &BTreeSet<(u16, Protocol)>, cgroup: &Path, deadline: Instant) -> io::Result<Look> {
-    let mut wanted = Vec::new();
-    for protocol in [Protocol::Tcp, Protocol::Udp] {
-        if ports.iter().any(|(_, asked)| *asked == protocol) {
-            let sockets = listening_sockets(protocol)?.into_iter();
-            let ours = sockets.filter(|socket| {
-                ports.contains(&(socket.port, protocol)) && family(socket.address, false).is_some()
-            });
-            wanted.extend(ours.map(|socket| (socket.inode, (socket.port, protocol))));
-        }
-    }
+    let wanted = on(ports)?;
     let mut listeners = Vec::new();
     let mut inodes: BTreeSet<u64> = wanted.iter().map(|(inode, _)| *inode).collect();
     if !wanted.is_empty() {
@@ -67,6 +58,21 @@ pub(crate) fn look(ports: &BTreeSet<(u16, Protocol)>, cgroup: &Path, deadline: I
     let of_others = |(inode, port): &(u64, (u16, Protocol))| inodes.contains(inode).then_some(*port);
     let foreign = wanted.iter().filter_map(of_others).filter(|port| missing.contains(port)).collect();
     Ok(Look { listeners, missing, foreign })
+}
+
+/// Inodes and ports of the sockets on `ports` that redirection can reach. Must run on a thread in the namespace.
+pub(crate) fn on(ports: &BTreeSet<(u16, Protocol)>) -> io::Result<Vec<(u64, (u16, Protocol))>> {
+    let mut found = Vec::new();
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        if ports.iter().any(|(_, asked)| *asked == protocol) {
+            let sockets = listening_sockets(protocol)?.into_iter();
+            let ours = sockets.filter(|socket| {
+                ports.contains(&(socket.port, protocol)) && family(socket.address, false).is_some()
+            });
+            found.extend(ours.map(|socket| (socket.inode, (socket.port, protocol))));
+        }
+    }
+    Ok(found)
 }
 
 /// Duplicates those of `inodes` that the process holds and takes them off the list.
@@ -103,7 +109,7 @@ fn take(
 }
 
 /// What the duplicate itself says: the descriptor may have become another's between the look and the duplication.
-fn examine(socket: OwnedFd, inode: u64) -> io::Result<Option<Listener>> {
+pub(crate) fn examine(socket: OwnedFd, inode: u64) -> io::Result<Option<Listener>> {
     if rustix::fs::fstat(&socket)?.st_ino != inode {
         return Ok(None);
     }

@@ -3,28 +3,18 @@
 //! Asked from within the workload's network namespace. Without a probe in the plan, listening is all that is asked:
 //! the kernel completes handshakes for a listening socket, and no strange connection appears in the companion's log.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    time::Duration,
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use pillion_workload::{Probe, ReadyCompanion};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpSocket, TcpStream},
-    time::{Instant, sleep, timeout, timeout_at},
-};
+use pillion_workload::{Protocol, ReadyCompanion};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::{
     cgroup::CgroupGuard,
     error::CompanionError,
-    exec::Prepared,
-    host::{Host, Launch},
-    launch,
     listeners::{Look, look},
-    netns::NetnsThread,
-    process::{Doomed, Ending, Process},
+    outside::{self, Owner},
+    probe::Prober,
+    process::{Ending, Process},
 };
 
 const FIRST_DELAY: Duration = Duration::from_millis(1);
@@ -34,21 +24,13 @@ const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
 /// Looks in a row that must find somebody else on a port, so that a socket on its way between two processes of the
 /// companion is not taken for a stranger's.
 const FOREIGN_LOOKS: u32 = 3;
-/// A courtesy to the companion's log, in time and bytes.
-const LONGEST_FAREWELL: Duration = Duration::from_secs(1);
-const LONGEST_BODY: u64 = 256 * 1024;
-/// A status line and its headers need no more, in bytes.
-const LONGEST_ANSWER: usize = 4096;
 
 /// A companion whose program runs, and all that is needed to ask whether it is ready.
 #[derive(Debug)]
 pub(crate) struct Candidate<'a> {
-    pub(crate) host: &'a Host,
-    pub(crate) launch: &'a Launch,
-    pub(crate) prepared: &'a Prepared,
+    pub(crate) prober: Prober<'a>,
     pub(crate) cgroup: &'a CgroupGuard,
     pub(crate) process: &'a Process,
-    pub(crate) netns: &'a NetnsThread,
 }
 
 impl Candidate<'_> {
@@ -73,47 +55,47 @@ impl Candidate<'_> {
 
     async fn ask_until(&self, deadline: Instant) -> Result<ReadyCompanion, CompanionError> {
         let mut delay = FIRST_DELAY;
-        let mut probe_passed = self.launch.spec.ready.probe.is_none();
+        let mut probe_passed = self.prober.launch.spec.ready.probe.is_none();
         let mut foreign_looks = 0;
         loop {
-            let last = if let Some(probe) = self.launch.spec.ready.probe.as_ref().filter(|_| !probe_passed) {
-                let limit = deadline.min(Instant::now() + LONGEST_ATTEMPT);
-                match timeout_at(limit, self.probe(probe, limit)).await {
-                    Ok(Ok(())) => {
-                        probe_passed = true;
-                        // Straight on to the listeners.
-                        continue;
+            let last =
+                if let Some(probe) = self.prober.launch.spec.ready.probe.as_ref().filter(|_| !probe_passed) {
+                    let limit = deadline.min(Instant::now() + LONGEST_ATTEMPT);
+                    match timeout_at(limit, self.prober.ask(probe, limit)).await {
+                        Ok(Ok(())) => {
+                            probe_passed = true;
+                            // Straight on to the listeners.
+                            continue;
+                        }
+                        Ok(Err(reason)) => reason,
+                        Err(_) => "the probe got no answer in time".to_owned(),
                     }
-                    Ok(Err(reason)) => reason,
-                    Err(_) => "the probe got no answer in time".to_owned(),
-                }
-            } else {
-                let look = self.look(deadline).await?;
-                foreign_looks = if look.foreign.is_empty() { 0 } else { foreign_looks + 1 };
-                match (look.missing.first(), look.foreign.first()) {
-                    // A look is not one moment: sockets of a port that were made during it may be missed. A second one
-                    // sees them, as the relay's for IPv6, which it makes right after that for IPv4.
-                    (None, _) => {
-                        let again = self.look(deadline).await?;
-                        return Ok(self.token(if again.missing.is_empty() { again } else { look }));
+                } else {
+                    let look = self.look(deadline).await?;
+                    foreign_looks = if look.foreign.is_empty() { 0 } else { foreign_looks + 1 };
+                    match (look.missing.first(), look.foreign.first()) {
+                        // A look is not one moment: sockets of a port that were made during it may be missed. A second one
+                        // sees them, as the relay's for IPv6, which it makes right after that for IPv4.
+                        (None, _) => {
+                            let again = self.look(deadline).await?;
+                            return Ok(self.token(if again.missing.is_empty() { again } else { look }));
+                        }
+                        (_, Some((port, _))) if foreign_looks >= FOREIGN_LOOKS => {
+                            return Err(CompanionError::PortTaken { port: *port });
+                        }
+                        (Some(_), _) => {
+                            format!(
+                                "it does not listen for IPv4 on port {} of loopback or of all addresses",
+                                listed(&look.missing)
+                            )
+                        }
                     }
-                    (_, Some((port, _))) if foreign_looks >= FOREIGN_LOOKS => {
-                        return Err(CompanionError::PortTaken { port: *port });
-                    }
-                    (Some(_), _) => {
-                        let missing = look.missing.iter();
-                        let ports: Vec<_> = missing
-                            .map(|(port, protocol)| format!("{port} ({})", protocol.as_str()))
-                            .collect();
-                        format!(
-                            "it does not listen for IPv4 on port {} of loopback or of all addresses",
-                            ports.join(", ")
-                        )
-                    }
-                }
-            };
+                };
             if Instant::now() + delay >= deadline {
-                return Err(CompanionError::NotReady { timeout: self.launch.spec.ready.timeout, last });
+                return Err(CompanionError::NotReady {
+                    timeout: self.prober.launch.spec.ready.timeout,
+                    last,
+                });
             }
             sleep(delay).await;
             delay = (delay * 3 / 2).min(LONGEST_DELAY);
@@ -121,131 +103,121 @@ impl Candidate<'_> {
     }
 
     async fn look(&self, deadline: Instant) -> Result<Look, CompanionError> {
-        if self.launch.ports.listening.is_empty() {
+        if self.prober.launch.ports.listening.is_empty() {
             return Ok(Look::default());
         }
-        let ports = self.launch.ports.listening.clone();
+        let ports = self.prober.launch.ports.listening.clone();
         let cgroup = self.cgroup.cgroup().path.clone();
         let deadline = deadline.into_std();
         let job = move || look(&ports, &cgroup, deadline);
-        Ok(self.netns.run("look for the companion's listening sockets", job).await?)
+        Ok(self.prober.netns.run("look for the companion's listening sockets", job).await?)
     }
 
     fn token(&self, look: Look) -> ReadyCompanion {
         ReadyCompanion::probe_passed(
-            self.launch.spec.name.clone(),
+            self.prober.launch.spec.name.clone(),
             self.process.id(),
             self.cgroup.cgroup().clone(),
             look.listeners,
         )
     }
+}
 
-    async fn probe(&self, probe: &Probe, deadline: Instant) -> Result<(), String> {
-        match probe {
-            Probe::Tcp { port } => self.connect(*port).await.map(drop).map_err(|error| error.to_string()),
-            Probe::Http { port, path } => {
-                let mut stream = self.connect(*port).await.map_err(|error| error.to_string())?;
-                let status = http_status(&mut stream, path).await?;
-                tokio::spawn(timeout(LONGEST_FAREWELL, take_leave(stream)));
-                if (200..400).contains(&status) {
-                    Ok(())
-                } else {
-                    Err(format!("HTTP status {status} from {path}"))
+/// A companion that somebody else runs, and all that is needed to find it and ask whether it is ready.
+#[derive(Debug)]
+pub(crate) struct Outsider<'a> {
+    pub(crate) prober: Prober<'a>,
+    pub(crate) owner: Arc<Owner>,
+}
+
+/// An outsider that is ready.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) ready: ReadyCompanion,
+    pub(crate) process: Process,
+    /// Of its listening sockets.
+    pub(crate) inodes: BTreeSet<u64>,
+}
+
+impl Outsider<'_> {
+    /// Looks for it until it is ready or `deadline` is reached.
+    pub(crate) async fn ready(&self, deadline: Instant) -> Result<Found, CompanionError> {
+        let launch = self.prober.launch;
+        let mut delay = FIRST_DELAY;
+        let mut probe_passed = launch.spec.ready.probe.is_none();
+        let mut foreign_looks = 0;
+        loop {
+            let seen = self.look(deadline, foreign_looks + 1 >= FOREIGN_LOOKS).await?;
+            foreign_looks = if seen.look.foreign.is_empty() { 0 } else { foreign_looks + 1 };
+            let last = match (seen.outsider, launch.spec.ready.probe.as_ref().filter(|_| !probe_passed)) {
+                (Some(_), Some(probe)) => {
+                    let limit = deadline.min(Instant::now() + LONGEST_ATTEMPT);
+                    match timeout_at(limit, self.prober.ask(probe, limit)).await {
+                        Ok(Ok(())) => {
+                            probe_passed = true;
+                            // It is looked at again: what listened before need not be what has answered.
+                            continue;
+                        }
+                        Ok(Err(reason)) => reason,
+                        Err(_) => "the probe got no answer in time".to_owned(),
+                    }
                 }
-            }
-            Probe::Exec { .. } => self.execute(deadline).await.map_err(|error| error.to_string()),
-        }
-    }
-
-    /// Connects to loopback, IPv4 first.
-    async fn connect(&self, port: u16) -> io::Result<TcpStream> {
-        let mut outcome = Err(io::ErrorKind::ConnectionRefused.into());
-        for address in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
-            let address = SocketAddr::new(address, port);
-            let make = move || {
-                if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }
+                (Some(outsider), None) => {
+                    self.suits(&outsider)?;
+                    if let Some(process) = Process::open(outsider.process)? {
+                        let ready = ReadyCompanion::probe_passed(
+                            launch.spec.name.clone(),
+                            outsider.process,
+                            outsider.cgroup,
+                            seen.look.listeners,
+                        );
+                        return Ok(Found { ready, process, inodes: seen.inodes });
+                    }
+                    "its process has just ended".to_owned()
+                }
+                (None, _) => match (seen.look.foreign.first(), seen.stranger) {
+                    (Some((port, _)), Some(who)) if foreign_looks >= FOREIGN_LOOKS => {
+                        return Err(CompanionError::Stranger { port: *port, who });
+                    }
+                    _ => {
+                        format!(
+                            "nothing that it is listens for IPv4 on port {} of loopback or of all addresses",
+                            listed(&seen.look.missing)
+                        )
+                    }
+                },
             };
-            // A socket stays in the namespace in which it was made.
-            let socket = self.netns.run("make a socket", make).await.map_err(io::Error::other)?;
-            outcome = socket
-                .connect(address)
-                .await
-                .map_err(|error| io::Error::new(error.kind(), format!("port {port} of loopback: {error}")));
-            if outcome.is_ok() {
-                break;
+            if Instant::now() + delay >= deadline {
+                return Err(CompanionError::NotReady { timeout: launch.spec.ready.timeout, last });
             }
+            sleep(delay).await;
+            delay = (delay * 3 / 2).min(LONGEST_DELAY);
         }
-        outcome
     }
 
-    async fn execute(&self, deadline: Instant) -> Result<(), CompanionError> {
-        let Some(request) = self.prepared.probe_request(self.launch, self.cgroup)? else { return Ok(()) };
-        let limit = deadline.saturating_duration_since(Instant::now());
-        let launching = launch::spawn(&self.host.config().launcher, request).await?;
-        // A command that is given up does not run on.
-        let process = Doomed::new(launching.executed(limit).await?);
-        match process.get().ended().await? {
-            Ending::Code(0) => Ok(()),
-            status => Err(CompanionError::ProbeCommand { status }),
+    /// Whether connections can be sent to it where it is.
+    fn suits(&self, outsider: &outside::Outsider) -> Result<(), CompanionError> {
+        let launch = self.prober.launch;
+        if outsider.cgroup.path == self.prober.host.config().cgroups.unified() {
+            return Err(CompanionError::InRootCgroup { pid: outsider.process.pid });
         }
+        // Its own connections would come back to it. Accepting alone is no loop.
+        if outsider.cgroup.id == launch.workload_cgroup && launch.ports.outbound.is_some() {
+            return Err(CompanionError::InWorkloadCgroup { pid: outsider.process.pid });
+        }
+        Ok(())
+    }
+
+    async fn look(&self, deadline: Instant, name_strangers: bool) -> Result<outside::Seen, CompanionError> {
+        let ports = self.prober.launch.ports.listening.clone();
+        let (owner, deadline) = (self.owner.clone(), deadline.into_std());
+        let job = move || outside::look(&ports, &owner, name_strangers, deadline);
+        Ok(self.prober.netns.run("look for the companion's listening sockets", job).await?)
     }
 }
 
-/// Sends one request and reads the status line; bounded in length by [`LONGEST_ANSWER`] and in time by the caller.
-async fn http_status(stream: &mut TcpStream, path: &str) -> Result<u16, String> {
-    let request =
-        format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: pillion\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.map_err(|error| error.to_string())?;
-    let mut answer = Vec::new();
-    while !answer.contains(&b'\n') && answer.len() < LONGEST_ANSWER {
-        let received = stream.read_buf(&mut answer).await.map_err(|error| error.to_string())?;
-        if received == 0 {
-            break;
-        }
-    }
-    parse_status(&answer).ok_or_else(|| "the answer is not HTTP".to_owned())
-}
-
-/// Reads the rest of the answer: closing a socket with unread data resets the connection, which servers log.
-async fn take_leave(stream: TcpStream) {
-    let _ = tokio::io::copy(&mut stream.take(LONGEST_BODY), &mut tokio::io::sink()).await;
-}
-
-/// `HTTP/1.x SP 3DIGIT` (RFC 9112, 4).
-fn parse_status(answer: &[u8]) -> Option<u16> {
-    let line = answer.split(|byte| *byte == b'\n').next()?;
-    let line = std::str::from_utf8(line).ok()?.strip_prefix("HTTP/1.")?;
-    let (minor, rest) = line.split_at_checked(1)?;
-    let status = rest.strip_prefix(' ')?.get(..3)?;
-    let end = rest.as_bytes().get(4);
-    let delimited = matches!(end, None | Some(b' ' | b'\r'));
-    (minor.bytes().all(|b| b.is_ascii_digit()) && delimited && status.bytes().all(|b| b.is_ascii_digit()))
-        .then(|| status.parse().ok())
-        .flatten()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn status_lines() {
-        for (answer, want) in [
-            ("HTTP/1.1 200 OK\r\n\r\n", Some(200)),
-            ("HTTP/1.0 404 Not Found\r\n", Some(404)),
-            ("HTTP/1.1 204\r\n", Some(204)),
-            ("HTTP/1.1 204", Some(204)),
-            ("HTTP/2 200\r\n", None),
-            ("HTTP/1.1 2000\r\n", None),
-            ("HTTP/1.1 -20\r\n", None),
-            ("HTTP/1.1  200\r\n", None),
-            ("HTTP/1.1 20", None),
-            ("HTTP/1.é 200", None),
-            ("SSH-2.0-OpenSSH\r\n", None),
-            ("", None),
-        ] {
-            assert_eq!(parse_status(answer.as_bytes()), want, "{answer:?}");
-        }
-        assert_eq!(parse_status(b"\xff\xfe\n"), None);
-    }
+fn listed(ports: &BTreeSet<(u16, Protocol)>) -> String {
+    let ports: Vec<_> =
+        ports.iter().map(|(port, protocol)| format!("{port} ({})", protocol.as_str())).collect();
+    ports.join(", ")
 }

@@ -29,6 +29,7 @@ use crate::{
     exec::{self, Prepared},
     host::{Host, Launch},
     netns::NetnsThread,
+    probe::Prober,
     process::{Doomed, Ending, Process},
     readiness::Candidate,
 };
@@ -171,15 +172,9 @@ impl Installed {
     async fn ask(&self, process: &Process, deadline: Instant) -> Result<ReadyCompanion, CompanionError> {
         use std::os::fd::AsFd;
         let netns = NetnsThread::enter(self.launch.netns.as_fd()).await?;
-        let candidate = Candidate {
-            host: &self.host,
-            launch: &self.launch,
-            prepared: self.prepared(),
-            cgroup: self.cgroup(),
-            process,
-            netns: &netns,
-        };
-        candidate.ready(deadline).await
+        let place = Some((self.prepared(), self.cgroup()));
+        let prober = Prober { host: &self.host, launch: &self.launch, netns: &netns, place };
+        Candidate { prober, cgroup: self.cgroup(), process }.ready(deadline).await
     }
 
     /// Kills what is left, hands on the last output, removes cgroup and directory; all of it, also when a part fails.
@@ -263,7 +258,7 @@ pub(crate) struct Supervisor {
 }
 
 /// The owner wants an end; `None` when it has dropped the companion.
-struct Interrupted(Option<Order>);
+pub(crate) struct Interrupted(pub(crate) Option<Order>);
 
 impl Supervisor {
     pub(crate) fn new(
@@ -412,18 +407,26 @@ impl Supervisor {
         back_off(self.failures, RandomState::new().hash_one(0))
     }
 
-    /// Waits for the reader of the events, unless the owner wants an end.
     async fn emit(&mut self, event: CompanionEvent) -> Result<(), Interrupted> {
-        tokio::select! {
-            biased;
-            order = self.orders.recv() => Err(Interrupted(order)),
-            permit = self.events.reserve() => {
-                // Without a reader the owner supervises by nothing but `stop`.
-                if let Ok(permit) = permit {
-                    permit.send(event);
-                }
-                Ok(())
+        tell(&self.events, &mut self.orders, event).await
+    }
+}
+
+/// Waits for the reader of the events, unless the owner wants an end.
+pub(crate) async fn tell(
+    events: &mpsc::Sender<CompanionEvent>,
+    orders: &mut mpsc::Receiver<Order>,
+    event: CompanionEvent,
+) -> Result<(), Interrupted> {
+    tokio::select! {
+        biased;
+        order = orders.recv() => Err(Interrupted(order)),
+        permit = events.reserve() => {
+            // Without a reader the owner supervises by nothing but `stop`.
+            if let Ok(permit) = permit {
+                permit.send(event);
             }
+            Ok(())
         }
     }
 }

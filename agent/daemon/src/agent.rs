@@ -24,6 +24,7 @@ use tracing::{info, warn};
 use crate::{
     admin::{self, Admin},
     config::{AgentConfig, OrNone},
+    container_names::OfContainerd,
     controller::{Beginning, Controller, Parts},
     exec_gate,
     http::{self, Listener},
@@ -115,6 +116,9 @@ pub(crate) async fn run(config: AgentConfig) -> anyhow::Result<()> {
     if let Some(units) = units::watch(&config, &program, &runtime_events, &selections, &stop) {
         watched.names.push((SourceName::SYSTEMD, RuntimeKind::Systemd));
         watched.engines.units = Some(Arc::new(units));
+    }
+    if let Some(resolver) = &watched.engines.containerd {
+        node.host.tell_container_names(Arc::new(OfContainerd(resolver.clone())));
     }
     let gates = watched.gates;
     let hooks = HookGate::bind(&config.gate_socket(), gatekeeper.clone(), watched.engines)

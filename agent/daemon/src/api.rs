@@ -301,6 +301,9 @@ pub(crate) struct CompanionStatus {
     pub(crate) state: CompanionState,
     /// Its first process, while it has one.
     pub(crate) pid: Option<i32>,
+    /// Whether somebody else runs it.
+    #[serde(default)]
+    pub(crate) external: bool,
     /// How often it was started again since the attach, by this agent.
     pub(crate) restarts: u64,
     /// Why it is not ready.

@@ -13,6 +13,7 @@ mod cli;
 mod client;
 mod config;
 mod conflicts;
+mod container_names;
 mod controller;
 mod event_log;
 mod exec_gate;

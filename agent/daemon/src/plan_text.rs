@@ -3,8 +3,8 @@
 use std::{fmt::Write as _, time::Duration};
 
 use pillion_workload::{
-    CompanionKind, CompanionSpec, ExistingConnections, FailureMode, Plan, PortSet, Probe, RedirectSpec,
-    Resources, Target,
+    CompanionKind, CompanionSpec, ExistingConnections, ExternalSpec, FailureMode, Plan, PortSet, Probe,
+    RedirectSpec, Resources, Target,
 };
 
 use crate::render::{plain, span};
@@ -44,11 +44,14 @@ fn companion_in_words(companion: &CompanionSpec) -> String {
         CompanionKind::Exec(exec) => {
             exec.command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
         }
+        CompanionKind::External(external) => format!("external, run by others: {}", known_by(external)),
     };
     let mut out = format!("companion {}: {what}\n", companion.name);
-    let group =
-        companion.user.group.as_ref().map(|group| format!(", group {}", plain(group))).unwrap_or_default();
-    let _ = writeln!(out, "  as user {}{group}", plain(&companion.user.user));
+    if !companion.is_external() {
+        let group = companion.user.group.as_ref();
+        let group = group.map(|group| format!(", group {}", plain(group))).unwrap_or_default();
+        let _ = writeln!(out, "  as user {}{group}", plain(&companion.user.user));
+    }
     if let CompanionKind::Exec(exec) = &companion.kind {
         for template in &exec.templates {
             let _ = writeln!(out, "  with {} filled in", plain(&template.display().to_string()));
@@ -65,12 +68,33 @@ fn companion_in_words(companion: &CompanionSpec) -> String {
             format!("when this exits with 0: {}", words.join(" "))
         }
     };
+    if companion.is_external() {
+        let _ = writeln!(out, "  ready {probe}; it is neither started nor stopped");
+        return out;
+    }
     let _ = writeln!(out, "  ready {probe}, within {}", exact(companion.ready.timeout));
     if let Some(limits) = limits(&companion.resources) {
         let _ = writeln!(out, "  limited to {limits}");
     }
     let _ = writeln!(out, "  {} between SIGTERM and SIGKILL", exact(companion.stop_grace));
     out
+}
+
+/// What its process must be.
+fn known_by(external: &ExternalSpec) -> String {
+    let joined = |items: &[String]| items.join(" or ");
+    let executables: Vec<String> = external.executables.iter().map(|glob| quoted(glob.as_str())).collect();
+    let users: Vec<String> = external.users.iter().map(|user| plain(user).clone()).collect();
+    let mut parts = Vec::new();
+    if !executables.is_empty() {
+        parts.push(format!("program {}", joined(&executables)));
+    }
+    if !users.is_empty() {
+        parts.push(format!("user {}", joined(&users)));
+    }
+    parts.extend(external.container.as_ref().map(|name| format!("container {}", plain(name))));
+    parts.extend(external.cgroup.as_ref().map(|glob| format!("cgroup {}", quoted(glob.as_str()))));
+    parts.join(", ")
 }
 
 /// Exclusions first, as they are applied, then the rules in order.
@@ -167,7 +191,7 @@ fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use pillion_workload::{
-        Exclusions, ExecSpec, Exemptions, InboundRule, OutboundRule, Protocol, Readiness, UserSpec,
+        Exclusions, ExecSpec, Exemptions, Glob, InboundRule, OutboundRule, Protocol, Readiness, UserSpec,
     };
 
     use super::*;
@@ -244,6 +268,23 @@ mod tests {
              connections from outside to port 8080 go to envoy (port allocated)\n\
              while a companion is not ready, new connections are refused (closed)\n\
              connections that are open when this comes into force are reset, if they would have gone to a companion\n"
+        );
+    }
+
+    #[test]
+    fn what_others_run_is_told_by_what_it_is() {
+        let mut mesh = envoy();
+        mesh.kind = CompanionKind::External(ExternalSpec {
+            executables: vec![Glob::new("*/envoy").unwrap()],
+            users: vec!["1337".into(), "envoy".into()],
+            container: Some("istio-proxy".into()),
+            cgroup: Some(Glob::new("/kubepods*").unwrap()),
+        });
+        assert_eq!(
+            companion_in_words(&mesh),
+            "companion envoy: external, run by others: program '*/envoy', user 1337 or envoy, container istio-proxy, \
+             cgroup '/kubepods*'\n\
+             \x20 ready when GET /ready on port 9901 answers 200-399; it is neither started nor stopped\n"
         );
     }
 

@@ -158,10 +158,14 @@ fn workloads_table(workloads: &[WorkloadSummary], wide: bool) -> Table {
 fn companions_cell(companions: &[CompanionStatus]) -> Cell {
     let text: Vec<String> = companions
         .iter()
-        .map(|companion| match companion.state {
-            CompanionState::Ready => companion.name.to_string(),
-            CompanionState::Starting | CompanionState::Down => {
-                format!("{}({})", companion.name, companion.state)
+        .map(|companion| match (companion.state, companion.external) {
+            (CompanionState::Ready, false) => companion.name.to_string(),
+            (CompanionState::Ready, true) => format!("{}(external)", companion.name),
+            (state @ (CompanionState::Starting | CompanionState::Down), false) => {
+                format!("{}({state})", companion.name)
+            }
+            (state @ (CompanionState::Starting | CompanionState::Down), true) => {
+                format!("{}(external, {state})", companion.name)
             }
         })
         .collect();
@@ -178,7 +182,7 @@ impl View for WorkloadDetail {
         }
         let _ = write!(out, "\nSubject:\n{}", indent(&subject(&self.subject, paint), 2));
         if !summary.companions.is_empty() {
-            let mut table = Table::new(&["COMPANION", "STATE", "PID", "RESTARTS", "ERROR"]);
+            let mut table = Table::new(&["COMPANION", "RUN BY", "STATE", "PID", "RESTARTS", "ERROR"]);
             for companion in &summary.companions {
                 let tone = match companion.state {
                     CompanionState::Ready => Tone::Good,
@@ -187,6 +191,7 @@ impl View for WorkloadDetail {
                 };
                 table.row(vec![
                     (&companion.name).into(),
+                    if companion.external { "others (external)" } else { "pillion" }.into(),
                     Cell::toned(companion.state, tone),
                     Cell::optional(companion.pid),
                     companion.restarts.into(),

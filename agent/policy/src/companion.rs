@@ -13,6 +13,7 @@ use pillion_workload::{
 };
 
 use crate::{
+    external,
     fault::quoted,
     quantity,
     reader::{At, Fields, found, integer, list, nearest, port, text, texts},
@@ -29,8 +30,10 @@ const MAX_ARGUMENT_BYTES: usize = 64 << 10;
 /// Linux's highest `pid_max`.
 const MAX_PIDS: i128 = 4_194_304;
 
-const KINDS: [&str; 2] = ["exec", "builtin"];
-const LATER_KINDS: [&str; 3] = ["image", "shared", "external"];
+const KINDS: [&str; 3] = ["exec", "builtin", "external"];
+const LATER_KINDS: [&str; 2] = ["image", "shared"];
+/// What says nothing of a companion that Pillion does not start.
+const OF_STARTED: [&str; 2] = ["resources", "stopGrace"];
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 const READY_TIMEOUTS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(600));
 const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -83,7 +86,7 @@ pub(crate) fn read_all(node: &Node, report: &mut Report<'_>) -> Vec<Companion> {
 }
 
 fn read(node: &Node, what: &str, report: &mut Report<'_>) -> Option<Companion> {
-    let known = ["name", "exec", "builtin", "ready", "resources", "stopGrace"];
+    let known = ["name", "exec", "builtin", "external", "ready", "resources", "stopGrace"];
     let fields = Fields::open(node, what, &known, &LATER_KINDS, report)?;
     let name = fields.need("name", "name: relay", report).and_then(|node| name(node, what, report));
     match (fields.present(&KINDS)[..].len(), fields.get("builtin")) {
@@ -93,19 +96,30 @@ fn read(node: &Node, what: &str, report: &mut Report<'_>) -> Option<Companion> {
             let later = matches!(&node.value, Value::Map(entries) if entries.iter()
                 .any(|(key, _)| key.text.as_deref().is_some_and(|text| LATER_KINDS.contains(&text))));
             if !later {
-                let cure = "add `builtin: relay`, or `exec: { command: [/usr/bin/program] }`";
+                let cure = "add `builtin: relay`, `exec: { command: [/usr/bin/program] }`, or `external` for one that runs already";
                 report.fault(fields.at(), format!("{what}: nothing says what to run"), cure);
             }
         }
         (_, builtin) => {
-            let at = builtin.map_or(fields.at(), |node| &node.at).clone();
-            report.fault(&at, format!("{what} has both `exec` and `builtin`"), "keep one of the two");
+            let kinds = fields.present(&KINDS);
+            let at = builtin.or(fields.get(kinds[1])).map_or(fields.at(), |node| &node.at).clone();
+            let (first, second) = (quoted(kinds[0]), quoted(kinds[1]));
+            report.fault(&at, format!("{what} has both {first} and {second}"), "keep one of the two");
         }
     }
     let mut variables = Vec::new();
     let exec =
         fields.get("exec").and_then(|node| exec(node, &format!("{what}.exec"), &mut variables, report));
     let relay = fields.get("builtin").and_then(|node| builtin(node, &format!("{what}.builtin"), report));
+    let external = fields.get("external").map(|node| {
+        for field in fields.present(&OF_STARTED) {
+            let at = fields.key(field).map_or(fields.at(), |key| &key.at).clone();
+            let message =
+                format!("{what}: {} says nothing of a companion that Pillion does not start", quoted(field));
+            report.fault(&at, message, "remove it: who runs the companion limits and stops it");
+        }
+        external::read(node, &format!("{what}.external"), report)
+    });
     let ready = fields.get("ready").map_or(Readiness { probe: None, timeout: READY_TIMEOUT }, |node| {
         readiness(node, &format!("{what}.ready"), &mut variables, report)
     });
@@ -118,10 +132,12 @@ fn read(node: &Node, what: &str, report: &mut Report<'_>) -> Option<Companion> {
         .and_then(|node| quantity::duration(node, &format!("{what}.stopGrace"), STOP_GRACES, report))
         .unwrap_or(STOP_GRACE);
     let name = name?;
-    let (kind, user) = match (exec, relay) {
-        (Some((exec, user)), _) => (CompanionKind::Exec(exec), user),
-        // What is neither has been reported; reading on lets the redirect's faults be told as well.
-        (None, _) => (CompanionKind::Relay, nobody()),
+    let (kind, user) = match (exec, external, relay) {
+        (Some((exec, user)), ..) => (CompanionKind::Exec(exec), user),
+        // The user of its probe.
+        (None, Some(external), _) => (CompanionKind::External(external), nobody()),
+        // What is none of them has been reported; reading on lets the redirect's faults be told as well.
+        (None, None, _) => (CompanionKind::Relay, nobody()),
     };
     let has_templates = matches!(&kind, CompanionKind::Exec(exec) if !exec.templates.is_empty());
     let spec = CompanionSpec { name: name.value.clone(), kind, user, ready, resources, stop_grace };
@@ -267,7 +283,7 @@ fn templates(node: &Node, what: &str, report: &mut Report<'_>) -> Vec<PathBuf> {
 }
 
 /// A user or group, by name or by number.
-fn account(node: &Node, what: &str, report: &mut Report<'_>) -> Option<String> {
+pub(crate) fn account(node: &Node, what: &str, report: &mut Report<'_>) -> Option<String> {
     if let Value::Int(_) = &node.value {
         // 2^32 - 1 means "no change" to the kernel.
         return integer(node, what, 0..=4_294_967_294, report).map(|id| id.to_string());

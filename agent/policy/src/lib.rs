@@ -10,8 +10,8 @@
 mod companion;
 mod conflict;
 mod document;
+mod external;
 mod fault;
-mod glob;
 mod programs;
 mod quantity;
 mod reader;
@@ -30,10 +30,11 @@ use crate::{
     source::{Report, Source},
 };
 
+pub use pillion_workload::{Glob, InvalidGlob};
+
 pub use crate::{
     document::{API_VERSION, KIND},
     fault::{Fault, Faults, Note},
-    glob::{Glob, InvalidGlob},
     programs::ProgramName,
     select::{FieldReason, Selector},
     set::{Decision, Policy, PolicySet, Reason, Verdict},

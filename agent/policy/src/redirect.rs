@@ -622,6 +622,16 @@ fn check_variables(targets: &Targets<'_>, companions: &[Companion], report: &mut
                 );
             }
             let Some(target) = targets.iter().find(|target| target.value.port.is_none()) else { continue };
+            if matches!(companion.spec.kind, CompanionKind::External(_)) {
+                report.fault(
+                    &target.at,
+                    format!(
+                        "{} has no port, and none can be chosen for it: somebody else runs it",
+                        quoted(name.as_str())
+                    ),
+                    format!("write \"{name}:PORT\" with the port that it listens on"),
+                );
+            }
             let is_exec = matches!(companion.spec.kind, CompanionKind::Exec(_));
             if is_exec && used.is_none() && !companion.has_templates {
                 report.fault(

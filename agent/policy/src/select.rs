@@ -5,12 +5,11 @@
 
 use std::collections::BTreeMap;
 
-use pillion_workload::{Facet, RuntimeKind, Sighting, Subject};
+use pillion_workload::{Facet, Glob, InvalidGlob, RuntimeKind, Sighting, Subject};
 use serde::Serialize;
 
 use crate::{
     fault::{any_of, quoted},
-    glob::{Glob, InvalidGlob},
     programs::ProgramName,
     reader::{At, Fields, nearest, text_map, texts},
     source::Report,
@@ -259,10 +258,13 @@ pub(crate) fn read(node: &Node, report: &mut Report<'_>) -> Selector {
         runtimes: runtimes.into_iter().filter_map(|item| runtime(&item, report)).collect(),
         namespaces: namespaces.into_iter().filter_map(|item| namespace(item, report)).collect(),
         labels: labels(&fields, report),
-        images: images.iter().filter_map(|item| glob("images", item, report)).collect(),
+        images: images.iter().filter_map(|item| glob("spec.select.images", item, report)).collect(),
         units: units.iter().filter_map(|item| unit(item, report)).collect(),
-        executables: executables.iter().filter_map(|item| executable(item, report)).collect(),
-        names: names.iter().filter_map(|item| glob("names", item, report)).collect(),
+        executables: executables
+            .iter()
+            .filter_map(|item| executable("spec.select.executables", item, report))
+            .collect(),
+        names: names.iter().filter_map(|item| glob("spec.select.names", item, report)).collect(),
     }
 }
 
@@ -307,7 +309,8 @@ fn namespace(item: At<String>, report: &mut Report<'_>) -> Option<String> {
     Some(item.value)
 }
 
-fn glob(field: &str, item: &At<String>, report: &mut Report<'_>) -> Option<Glob> {
+/// A pattern in the list `field`, which is a whole path such as `spec.select.images`.
+pub(crate) fn glob(field: &str, item: &At<String>, report: &mut Report<'_>) -> Option<Glob> {
     let error = match Glob::new(&item.value) {
         Ok(glob) => return Some(glob),
         Err(error) => error,
@@ -319,7 +322,7 @@ fn glob(field: &str, item: &At<String>, report: &mut Report<'_>) -> Option<Glob>
              and `?` where a {c:?} is meant"
         ),
     };
-    report.fault(&item.at, format!("spec.select.{field}: the pattern {} {error}", quoted(&item.value)), cure);
+    report.fault(&item.at, format!("{field}: the pattern {} {error}", quoted(&item.value)), cure);
     None
 }
 
@@ -332,10 +335,10 @@ fn unit(item: &At<String>, report: &mut Report<'_>) -> Option<Glob> {
         );
         return None;
     }
-    glob("units", item, report)
+    glob("spec.select.units", item, report)
 }
 
-fn executable(item: &At<String>, report: &mut Report<'_>) -> Option<Glob> {
+pub(crate) fn executable(field: &str, item: &At<String>, report: &mut Report<'_>) -> Option<Glob> {
     if !item.value.starts_with(['/', '*', '?']) {
         report.fault(
             &item.at,
@@ -344,5 +347,5 @@ fn executable(item: &At<String>, report: &mut Report<'_>) -> Option<Glob> {
         );
         return None;
     }
-    glob("executables", item, report)
+    glob(field, item, report)
 }

@@ -2,6 +2,7 @@
 
 mod accepted;
 mod decisions;
+mod external;
 mod faults;
 mod properties;
 

@@ -3,6 +3,7 @@
 //! Owns ids, descriptions, plans and the token of a ready companion. Never does IO, never decides.
 
 mod gate;
+mod glob;
 mod id;
 mod plan;
 mod ports;
@@ -11,13 +12,14 @@ mod redirect;
 mod subject;
 
 pub use gate::Gate;
+pub use glob::{Glob, InvalidGlob};
 pub use id::{
     CgroupId, CompanionName, InvalidName, NetnsId, Pid, PolicyName, ProcessId, RuntimeKind, StartTime,
     UnknownRuntime, WorkloadId,
 };
 pub use plan::{
-    CompanionKind, CompanionSpec, ExecSpec, ExistingConnections, FailureMode, Plan, Probe, Readiness,
-    Resources, UserSpec,
+    CompanionKind, CompanionSpec, ExecSpec, ExistingConnections, ExternalSpec, FailureMode, Plan, Probe,
+    Readiness, Resources, UserSpec,
 };
 pub use ports::PortSet;
 pub use ready::{Family, Listener, ReadyCompanion};

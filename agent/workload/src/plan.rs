@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{CompanionName, PolicyName, RedirectSpec};
+use crate::{CompanionName, Glob, PolicyName, RedirectSpec};
 
 /// Everything that must be in force before the workload may run. Made by the policy crate, always consistent:
 /// every [`Target`](crate::Target) names a companion of the same plan.
@@ -63,6 +63,13 @@ pub struct CompanionSpec {
     pub stop_grace: Duration,
 }
 
+impl CompanionSpec {
+    /// Whether somebody else runs it.
+    pub fn is_external(&self) -> bool {
+        matches!(self.kind, CompanionKind::External(_))
+    }
+}
+
 /// The kinds of companions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -71,6 +78,27 @@ pub enum CompanionKind {
     Exec(ExecSpec),
     /// The embedded transparent TCP relay.
     Relay,
+    /// Somebody else runs it; connections are only sent to it.
+    External(ExternalSpec),
+}
+
+/// By what a companion is known that somebody else runs: the process that listens on its ports must match every field that
+/// is given, and at least one is. A list matches when any item does.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExternalSpec {
+    /// Its program, as an absolute path in its own mount namespace.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub executables: Vec<Glob>,
+    /// Its user, by name or number.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub users: Vec<String>,
+    /// Its container, by the name that Kubernetes gives it in the pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// Its cgroup2, as a path from the root of the hierarchy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<Glob>,
 }
 
 /// A program of the host. `{{ name }}` variables in `command` and in the templates' text are replaced at start.

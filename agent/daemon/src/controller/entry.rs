@@ -139,12 +139,13 @@ impl Entry {
         }
     }
 
-    /// Whether all that is wanted is in force.
+    /// Whether all that is wanted is in force. A companion that somebody else runs may be within what is held, and come only
+    /// when that may run: one that was looked for and not found is not waited for.
     pub(super) fn is_complete(&self) -> bool {
         let wanted = self.attachment.as_ref().filter(|attachment| attachment.told.is_some());
-        wanted
-            .and_then(|attachment| attachment.view.as_ref())
-            .is_some_and(|view| matches!(&view.state, State::Attached { missing } if missing.is_empty()))
+        let Some(view) = wanted.and_then(|attachment| attachment.view.as_ref()) else { return false };
+        matches!(view.state, State::Attached { .. })
+            && view.companions.iter().all(|it| it.ready || (it.external && it.error.is_some()))
     }
 
     /// What has become of the attachment, whatever a gate has been told.
@@ -154,6 +155,9 @@ impl Entry {
                 return (Verdict::Detaching, None);
             }
             return match attachment.view.as_ref().map(|view| (&view.state, view)) {
+                Some((State::Attached { .. }, view)) if is_awaited(view) => {
+                    (Verdict::Attaching, starting(&view.companions))
+                }
                 Some((State::Attached { missing }, view)) => match (&view.refused, missing.is_empty()) {
                     (_, false) => (Verdict::Degraded, Some(degraded(view))),
                     (Some(reason), true) => {
@@ -238,6 +242,7 @@ fn companion(view: &CompanionView) -> CompanionStatus {
             (false, _) => CompanionState::Starting,
         },
         pid: view.pid.map(|pid| pid.0),
+        external: view.external,
         restarts: view.restarts,
         error: view.error.clone(),
     }
@@ -258,6 +263,12 @@ pub(super) fn ports(redirect: &RedirectSpec) -> PortsInUse {
             .flatten()
             .collect(),
     }
+}
+
+/// Whether nothing is missing but companions that somebody else runs and that are still looked for.
+pub(super) fn is_awaited(view: &View) -> bool {
+    let mut missing = view.companions.iter().filter(|companion| !companion.ready).peekable();
+    missing.peek().is_some() && missing.all(|companion| companion.external && companion.error.is_none())
 }
 
 fn degraded(view: &View) -> String {

@@ -1,9 +1,12 @@
 //! What attachments report: into the state, the log and the metrics.
 
-use pillion_attachment::{Happening, Report, State};
+use pillion_attachment::{Happening, Report, State, View};
 use pillion_workload::{PolicyName, WorkloadId};
 
-use super::{Controller, entry::Failure};
+use super::{
+    Controller,
+    entry::{Failure, is_awaited},
+};
 use crate::{api::EventKind, event_log};
 
 impl Controller {
@@ -16,7 +19,8 @@ impl Controller {
         };
         let state = view.state.clone();
         let policy = view.plan.policy.clone();
-        let was_degraded = is_degraded(attachment.view.as_ref().map(|view| &view.state));
+        let was_degraded = attachment.view.as_ref().is_some_and(is_degraded);
+        let now_degraded = is_degraded(&view);
         let ending = attachment.told.is_none();
         attachment.view = Some(view);
         if state.is_final() {
@@ -31,11 +35,10 @@ impl Controller {
             self.prepare();
         }
         self.tell(&id, &happening, &state, &policy, ending);
-        let is_degraded = is_degraded(Some(&state));
-        if is_degraded && !was_degraded {
+        if now_degraded && !was_degraded {
             let reason = self.workloads.get(&id).and_then(|entry| entry.verdict().1).unwrap_or_default();
             self.log(&id, EventKind::Degraded, reason);
-        } else if was_degraded && matches!(state, State::Attached { .. }) && !is_degraded {
+        } else if was_degraded && matches!(state, State::Attached { .. }) && !now_degraded {
             self.log(&id, EventKind::Recovered, "all companions are ready");
         }
         self.reconcile(&id);
@@ -135,6 +138,6 @@ impl Controller {
     }
 }
 
-fn is_degraded(state: Option<&State>) -> bool {
-    matches!(state, Some(State::Attached { missing }) if !missing.is_empty())
+fn is_degraded(view: &View) -> bool {
+    matches!(&view.state, State::Attached { missing } if !missing.is_empty()) && !is_awaited(view)
 }

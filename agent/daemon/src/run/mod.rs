@@ -23,7 +23,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use pillion_attachment::{
-    BoxFuture, Handle, Happening, Job, Ledger, Node, Record, Report, State, Wish, attach,
+    BoxFuture, CompanionView, Handle, Happening, Job, Ledger, Node, Record, Report, State, Wish, attach,
 };
 use pillion_companion::{
     Ending, Host, HostConfig, Process,
@@ -349,11 +349,13 @@ async fn wait_until_attached(
         };
         let Some(report) = report else { bail!("the attachment has ended without a word") };
         match (&report.happening, &report.view.state) {
-            (Happening::Attached, State::Attached { missing }) if missing.is_empty() => {
+            (_, State::Attached { missing }) if missing.is_empty() => {
                 info!(workload = %report.workload, policy = %plan.policy, "attached before the first instruction");
                 return Ok(Outcome::Go);
             }
-            (Happening::Attached, State::Attached { .. }) => {
+            // One that somebody else runs is still being looked for.
+            (_, State::Attached { .. }) if report.view.companions.iter().any(is_awaited) => {}
+            (_, State::Attached { .. }) => {
                 let reasons: Vec<String> = report
                     .view
                     .companions
@@ -371,6 +373,10 @@ async fn wait_until_attached(
             (happening, _) => info!(workload = %report.workload, ?happening, "attachment"),
         }
     }
+}
+
+fn is_awaited(companion: &CompanionView) -> bool {
+    companion.external && !companion.ready && companion.error.is_none()
 }
 
 fn failed(plan: &Plan, reason: &str) -> Outcome {

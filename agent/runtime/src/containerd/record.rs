@@ -149,6 +149,11 @@ impl Record {
     }
 }
 
+/// The containers of pods that have this name there, as a filter for containerd's listing.
+pub(super) fn named(name: &str) -> String {
+    format!("labels.{:?}=={name:?}", cri::CONTAINER)
+}
+
 /// The containers of CRI, which are not sandboxes, as a filter for containerd's listing.
 pub(super) fn cri_containers() -> String {
     format!("labels.{:?}==container", cri::KIND)

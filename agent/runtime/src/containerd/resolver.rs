@@ -10,7 +10,7 @@ use super::{
     ContainerdConfig, Key,
     client::{Client, ClientError},
     look::{Look, NotAWorkload, subject, whole},
-    record::Record,
+    record::{Record, named},
 };
 use crate::{
     cgroup2::{Cgroup2Error, Cgroup2Mounts},
@@ -19,6 +19,9 @@ use crate::{
     instance::InstanceError,
     pod::PodError,
 };
+
+/// containerd's namespace for the containers of pods.
+const KUBERNETES: &str = "k8s.io";
 
 /// What a held container is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,6 +140,19 @@ impl ContainerdResolver {
         let kind = if record.pod().is_some() { Resolved::Sandbox } else { Resolved::Container };
         let instance = whole(own, &record).map_err(of_pod)?;
         Ok(told(&look, &key, instance, (&record, sandbox.as_ref()), kind))
+    }
+
+    /// The ids of all containers that Kubernetes knows by this name, in whichever pods. Waits for a connection to containerd, so
+    /// give it a deadline.
+    pub async fn containers_named(&self, name: &str) -> Result<Vec<String>, UnresolvedError> {
+        let client = self.connected().await?;
+        let mut ids = Vec::new();
+        let listed =
+            client.containers(KUBERNETES, vec![named(name)], |container| ids.push(container.id)).await;
+        let said =
+            |error: ClientError| UnresolvedError::Containerd { id: name.to_owned(), reason: chain(&error) };
+        listed.map_err(said)?;
+        Ok(ids)
     }
 
     async fn connected(&self) -> Result<Client, UnresolvedError> {

@@ -5,13 +5,13 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Bytes of a pattern.
 const MAX_LENGTH: usize = 256;
 
 /// A pattern: `*` stands for any text, also an empty one and one with `/`; `?` for any one character.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Glob(String);
 
@@ -87,12 +87,12 @@ impl Glob {
     }
 
     /// Whether the literal text at their beginnings or ends already keeps them apart: cheap, and tells most pairs.
-    pub(crate) fn is_plainly_apart(&self, other: &Self) -> bool {
+    pub fn is_plainly_apart(&self, other: &Self) -> bool {
         apart(self.0.bytes(), other.0.bytes()) || apart(self.0.bytes().rev(), other.0.bytes().rev())
     }
 
     /// Whether some text is matched by both; exact. `steps` grows by what it cost.
-    pub(crate) fn meets(&self, other: &Self, steps: &mut u64) -> bool {
+    pub fn meets(&self, other: &Self, steps: &mut u64) -> bool {
         *steps += 1;
         if self.is_plainly_apart(other) {
             return false;
