@@ -223,3 +223,29 @@ fn privileged_host_networked_and_user_namespaced_containers_are_captured_by_dock
     let both = ["--privileged", "--network=host", "--runtime=pillion"];
     close_to_the_host("sid", &[&privileged, &both])
 }
+
+#[test]
+fn neighbours_in_the_hosts_network_have_companions_of_their_own() -> Result<()> {
+    on_machine(|machine| {
+        let engine = with_agent(machine, "bookworm")?;
+        let host = ["--network=host", "--runtime=pillion"];
+        let one = engine.captures("one", "wrapper", &host)?;
+        let two = engine.captures("two", "wrapper", &host)?;
+        let port = |known: &serde_json::Value| known["ports"]["outbound"].as_u64();
+        ensure!(port(&one).is_some() && port(&two).is_some() && port(&one) != port(&two), "{one}\n{two}");
+        engine.remove("one")?;
+        engine.agent.until_forgotten("docker/one")?;
+        // The other one is where it was, and a third takes the place of the first.
+        let (redirected, peers) = (engine.agent.counter("outboundRedirected")?, engine.echo.peers().len());
+        let again = format!("echo again | /bin/nc -w5 {} 8080", engine.gateway());
+        let said = engine.tool(&["exec", "two", "/bin/sh", "-c", &again])?.success()?.stdout;
+        ensure!(said.trim() == "again" && engine.echo.peers().len() == peers + 1, "{said:?}");
+        ensure!(engine.agent.counter("outboundRedirected")? == redirected + 1, "it was not redirected");
+        let three = engine.captures("three", "wrapper", &host)?;
+        ensure!(port(&three) != port(&two), "{three}\n{two}");
+        for name in ["two", "three"] {
+            engine.remove(name)?;
+        }
+        engine.end()
+    })
+}

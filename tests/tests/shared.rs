@@ -14,7 +14,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nix::{errno::Errno, sys::signal::Signal};
+use nix::{
+    errno::Errno,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use pillion_redirect::{
     AttachRequest, Bpffs, Dataplane, LoadOptions, RedirectGuard, RedirectRecord, Sources,
 };
@@ -22,7 +26,7 @@ use pillion_tests::{
     CgroupGuard, EchoServer, Machine, NetNs, Place, ProcessGuard, Puppet, on_machine, programs,
     puppet::{Domain, Socket},
     ready::{identity, ready},
-    scene::{KIND, Scene, connected, id, source_is, still_answers},
+    scene::{KIND, Scene, companion_pid, connected, id, source_is, still_answers},
     wait_until,
 };
 use pillion_workload::{CompanionName, Exclusions, FailureMode, OutboundRule, RedirectSpec, Target};
@@ -168,7 +172,8 @@ fn all_to(port: u16) -> RedirectSpec {
 fn but(excluded: &[u16], port: u16) -> RedirectSpec {
     let exclude = Exclusions { ports: excluded.iter().copied().collect(), cidrs: vec![] };
     let to = Target { companion: name(), port: Some(port) };
-    RedirectSpec { outbound: Some(OutboundRule { to, exclude }), inbound: vec![] }
+    let rule = OutboundRule { exclude, ..OutboundRule::all_tcp(to) };
+    RedirectSpec { outbound: vec![rule], ..RedirectSpec::default() }
 }
 
 fn refused(app: &mut Puppet) -> Result<()> {
@@ -556,6 +561,130 @@ fn a_companion_in_the_workloads_own_cgroup_would_meet_itself() -> Result<()> {
         let told = scene.agent.until(&id("web"), "a refusal", |it| reason(it).contains("own cgroup"))?;
         ensure!(reason(&told).contains("cgroup of its own"), "{told}");
         assert_eq!(app.converse(scene.echo.address(), "?")?, Err(Errno::ECONNREFUSED));
+        scene.end()
+    })
+}
+
+/// Containers with the label `app=NAME` get a relay.
+fn relay(name: &str, redirect: &str, mode: &str) -> String {
+    format!(
+        "{KIND}\nmetadata: {{ name: {name} }}\nspec:\n  select: {{ runtimes: [containerd], labels: {{ app: {name} }} }}\n  \
+         companions: [{{ name: relay, builtin: relay, stopGrace: 2s }}]\n  redirect: {{ {redirect} }}\n  onFailure: {mode}\n"
+    )
+}
+
+/// The pid of the companion of a workload.
+fn companion(scene: &Scene, name: &str) -> Result<i32> {
+    let workload = scene.agent.workload(&id(name))?.context("a workload")?;
+    Ok(i32::try_from(companion_pid(&workload)?)?)
+}
+
+#[test]
+fn two_containers_of_one_namespace_have_policies_of_their_own() -> Result<()> {
+    on_machine(|machine| {
+        let mut scene = Scene::new(machine)?;
+        scene.agent.policy("api.yaml", &relay("api", "outbound: [{ to: relay }]", "closed"))?;
+        let but = "outbound: [{ to: relay, exclude: { ports: [8080] } }]";
+        scene.agent.policy("db.yaml", &relay("db", but, "open"))?;
+        scene.agent.run()?;
+        scene.agent.until_status("containerd", source_is("up"))?;
+        let mut api = scene.puppet("api", &[("app", "api")])?;
+        let mut db = scene.puppet("db", &[("app", "db")])?;
+        let attached = [
+            scene.agent.until_verdict(&id("api"), "attached")?,
+            scene.agent.until_verdict(&id("db"), "attached")?,
+        ];
+        let ports: Vec<_> = attached.iter().map(|it| it["ports"]["outbound"].as_u64()).collect();
+        ensure!(
+            ports[0].is_some() && ports[1].is_some() && ports[0] != ports[1],
+            "{ports:?} in {attached:?}"
+        );
+        scene.says_through_relay(&mut api)?;
+        scene.says_directly(&mut db)?;
+        // What db's policy does not exclude goes to its own relay, which tells of it.
+        let other = EchoServer::start(&scene.far, "10.77.0.2:9090")?;
+        for (app, name) in [(&mut db, "db"), (&mut api, "api")] {
+            assert_eq!(app.converse(other.address(), name)?, Ok(name.to_owned()));
+            let record = scene.agent.record(&id(name), other.address())?;
+            assert_eq!(record["bytes_sent"], name.len(), "{record}");
+        }
+
+        // One loses its relay; the other does not notice.
+        let killed = Pid::from_raw(companion(&scene, "api")?);
+        kill(killed, Signal::SIGKILL)?;
+        assert_eq!(db.converse(other.address(), "on")?, Ok("on".to_owned()));
+        scene.agent.until(&id("api"), "another relay", |it| {
+            it["verdict"] == "attached"
+                && companion_pid(it).is_ok_and(|pid| pid != i64::from(killed.as_raw()))
+        })?;
+        scene.says_through_relay(&mut api)?;
+        fs::remove_file(scene.agent.policy_dir().join("db.yaml"))?;
+        scene.agent.until_verdict(&id("db"), "notMatched")?;
+        scene.says_through_relay(&mut api)?;
+        scene.says_directly(&mut db)?;
+        drop((api, db, other));
+        scene.end()
+    })
+}
+
+#[test]
+fn a_port_is_redirected_for_one_workload_of_a_namespace() -> Result<()> {
+    on_machine(|machine| {
+        let mut scene = Scene::new(machine)?;
+        let inbound = "inbound: [{ ports: [8080], to: relay }]";
+        scene.agent.policy("api.yaml", &relay("api", inbound, "closed"))?;
+        scene.agent.policy("db.yaml", &relay("db", inbound, "open"))?;
+        scene.agent.run()?;
+        scene.agent.until_status("containerd", source_is("up"))?;
+        let mut api = scene.puppet("api", &[("app", "api")])?;
+        api.echo("10.77.0.1:8080".parse()?)??;
+        scene.agent.until_verdict(&id("api"), "attached")?;
+        let db = scene.puppet("db", &[("app", "db")])?;
+        let failed = scene.agent.until_verdict(&id("db"), "failed")?;
+        ensure!(reason(&failed).contains("port 8080") && reason(&failed).contains(&id("api")), "{failed}");
+        let events = scene.agent.json(&["events"])?.to_string();
+        ensure!(events.contains("is not the only one in this network namespace"), "{events}");
+        // The first one keeps it.
+        let mut client = Puppet::start(Place { netns: Some(&scene.far), cgroup: None })?;
+        let before = scene.agent.counter("inboundRedirected")?;
+        assert_eq!(client.converse("10.77.0.1:8080".parse()?, "in")?, Ok("in".to_owned()));
+        assert_eq!(scene.agent.counter("inboundRedirected")?, before + 1);
+        let record = scene.agent.record(&id("api"), "10.77.0.1:8080".parse()?)?;
+        assert_eq!(record["direction"], "inbound", "{record}");
+        // And when it is gone, the second one has it.
+        fs::remove_file(scene.agent.policy_dir().join("api.yaml"))?;
+        scene.agent.until_verdict(&id("api"), "notMatched")?;
+        scene.agent.until_verdict(&id("db"), "attached")?;
+        drop((api, db, client));
+        scene.end()
+    })
+}
+
+#[test]
+fn a_command_run_within_a_workload_has_its_own_policy() -> Result<()> {
+    on_machine(|machine| {
+        let scene = Scene::with_agent(machine)?;
+        let mut web = scene.web("web")?;
+        let policy = "apiVersion: pillion.dev/v1alpha1\nkind: InjectionPolicy\nmetadata: { name: own }\nspec:\n  \
+                      select: { runtimes: [process] }\n  companions: [{ name: relay, builtin: relay }]\n  \
+                      redirect: { outbound: [{ to: relay }] }\n  onFailure: closed\n";
+        let policy = machine.file("own.yaml", policy)?;
+        let cgroup = CgroupGuard::below(scene.containerd.pid("web")?, "shell")?;
+        let mut command = cgroup.command(programs::pillion()?);
+        command.arg("run").arg("--policy").arg(policy).arg("--").arg(programs::puppet()?);
+        let mut within = scene.near.run(|| Puppet::under(&mut command))?;
+        for _ in 0..5 {
+            let before = scene.redirected()?;
+            let socket = connected(&mut within, scene.echo.address())?;
+            still_answers(&mut within, socket, "within")?;
+            let own = within.names(socket)??.local;
+            within.close(socket)??;
+            ensure!(scene.echo.peers().last() != Some(&own), "it was not relayed");
+            assert_eq!(scene.redirected()?, before, "the outer policy has taken it, or its relay's");
+            scene.says_through_relay(&mut web)?;
+        }
+        ensure!(within.dismiss(SOON)?.success(), "pillion run");
+        drop((web, cgroup));
         scene.end()
     })
 }

@@ -97,6 +97,44 @@ fn units_that_systemd_has_unloaded_are_forgotten_and_stay_unloaded() -> Result<(
 }
 
 #[test]
+fn units_in_one_network_have_policies_of_their_own() -> Result<()> {
+    on_machine(|_| {
+        let booted = Booted::with_agent()?;
+        let far = booted.echo.address();
+        let connect = connects(far);
+        let (relayed, direct) = ("pay-relayed.service", "pay-direct.service");
+        for unit in [relayed, direct] {
+            booted.unit(unit, &format!("ExecStart=/bin/sh -c '{connect}; exec sleep 600'"))?;
+        }
+        booted.policy("a.yaml", &policy("a", &format!("units: [{relayed}]"), RELAY, "closed"))?;
+        let but = policy("b", &format!("units: [{direct}]"), RELAY, "closed");
+        let but = but.replace("{ to: c }", &format!("{{ to: c, exclude: {{ ports: [{}] }} }}", far.port()));
+        booted.policy("b.yaml", &but)?;
+        booted.until_drop_ins(&[direct, relayed])?;
+        booted.start(&[relayed, direct])?;
+        booted.until_records(relayed, far, 1)?;
+        wait_until("both connections", SOON, || booted.echo.peers().len() == 2)?;
+        let attached = |unit: &str| booted.until(unit, "attached", |it| it["verdict"] == "attached");
+        let (one, other) = (attached(relayed)?, attached(direct)?);
+        let port = |unit: &serde_json::Value| unit["ports"]["outbound"].as_u64();
+        ensure!(
+            port(&one).is_some() && port(&other).is_some() && port(&one) != port(&other),
+            "{one}\n{other}"
+        );
+        ensure!(booted.records(direct, far)? == 0, "its policy excludes that");
+        // The one goes; the other stays as it is.
+        booted.systemctl(&["stop", direct])?;
+        booted.until_forgotten(direct)?;
+        attached(relayed)?;
+        booted.systemctl(&["restart", relayed])?;
+        booted.until_records(relayed, far, 2)?;
+        booted.systemctl(&["stop", relayed])?;
+        booted.until_forgotten(relayed)?;
+        booted.end()
+    })
+}
+
+#[test]
 fn a_unit_with_a_network_of_its_own_has_its_companion_there() -> Result<()> {
     on_machine(|_| {
         let booted = Booted::with_agent()?;

@@ -15,9 +15,10 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::{
+    claims::Claims,
     companions::{Started, next_news, slots_of},
     machinery::{Fault, Machinery, Rules},
-    namespace::{Claims, Settled},
+    namespace::Settled,
     ports::Resolved,
     record::{Ledger, Record, Witness},
     report::{Happening, Report, Wish},
@@ -122,7 +123,8 @@ impl<M: Machinery> Driver<M> {
         {
             self.take_up(record, resolved).await;
         } else {
-            let settled = self.machinery.settle(self.netns.clone(), self.plan.clone(), None).await?;
+            let settled =
+                self.machinery.settle(&self.workload, self.netns.clone(), self.plan.clone(), None).await?;
             self.kept.slots = slots_of(&self.plan, &settled.resolved);
             (self.kept.claims, self.kept.sources) = (settled.claims, settled.sources);
             self.kept.resolved = Some(settled.resolved);
@@ -151,7 +153,7 @@ impl<M: Machinery> Driver<M> {
 
     /// Takes over what an earlier agent made. Whatever of it is gone is made again.
     async fn take_up(&mut self, record: Record, resolved: Resolved) {
-        self.kept.claims = self.machinery.claim_again(self.netns.clone(), &resolved).await;
+        self.kept.claims = self.machinery.claim_again(&self.workload, self.netns.clone(), &resolved).await;
         self.kept.slots = slots_of(&self.plan, &resolved);
         self.kept.resolved = Some(resolved);
         for earlier in record.companions {
@@ -291,7 +293,7 @@ impl<M: Machinery> Driver<M> {
     /// companions that are gone or changed are stopped; new ones are started by [`Self::advance`].
     async fn replan(&mut self, plan: Arc<Plan>) -> Result<(), Fault> {
         let previous = self.kept.resolved.clone();
-        let settled = self.machinery.settle(self.netns.clone(), plan.clone(), previous).await;
+        let settled = self.machinery.settle(&self.workload, self.netns.clone(), plan.clone(), previous).await;
         let updated = settled.and_then(|settled| {
             self.update(&settled.resolved, settled.sources, plan.on_failure)?;
             Ok(settled)

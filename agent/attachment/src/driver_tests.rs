@@ -15,8 +15,9 @@ use std::{
 use pillion_companion::CompanionRecord;
 use pillion_redirect::{RedirectRecord, Sources};
 use pillion_workload::{
-    Cgroup, CgroupId, CompanionName, ExistingConnections, FailureMode, FirstInstruction, Instance, NetnsId,
-    Pid, Plan, ProcessId, RuntimeKind, StartTime, Subject, Target, Workload, WorkloadId,
+    Cgroup, CgroupId, CompanionKind, CompanionName, ExistingConnections, ExternalSpec, FailureMode,
+    FirstInstruction, Instance, NetnsId, Pid, Plan, ProcessId, RuntimeKind, StartTime, Subject, Target,
+    Workload, WorkloadId,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -26,9 +27,10 @@ use tokio::{
 
 use crate::{
     Happening, Ledger, Record, Report, State, Wish, Witness,
+    claims::Claims,
     driver::{Driver, Kept},
     machinery::{CompanionNews, Fault, LaunchOf, Machinery, Rules},
-    namespace::{Claims, Settled},
+    namespace::Settled,
     ports::{Resolved, resolve},
     record::BoxFuture,
     testing::{companion, inbound, outbound, plan},
@@ -106,6 +108,7 @@ impl Machinery for Diary {
 
     async fn settle(
         &self,
+        _: &Workload,
         _: Arc<OwnedFd>,
         plan: Arc<Plan>,
         previous: Option<Resolved>,
@@ -117,7 +120,7 @@ impl Machinery for Diary {
         Ok(Settled { resolved, claims: Claims::default(), sources: Sources::default() })
     }
 
-    async fn claim_again(&self, _: Arc<OwnedFd>, _: &Resolved) -> Claims {
+    async fn claim_again(&self, _: &Workload, _: Arc<OwnedFd>, _: &Resolved) -> Claims {
         Claims::default()
     }
 
@@ -345,6 +348,30 @@ async fn companions_in_order_then_redirection_and_back_in_reverse() {
     assert_eq!(diary.take(), ["drain", "stop b", "stop a", "detach"]);
     assert_eq!(test.record(), None);
     test.task.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_for_what_somebody_else_runs() {
+    let diary = Arc::new(Diary::default());
+    let mut plan = two();
+    plan.companions[0].kind = CompanionKind::External(ExternalSpec::default());
+    let mut test = Test::begin(&diary, plan, None);
+    let report = test.until(|happening| *happening == Happening::Attached).await;
+    assert_eq!(report.view.state, State::Attached { missing: ["a".parse().unwrap()].into() });
+    let [external, own] = &report.view.companions[..] else { panic!("two companions") };
+    assert_eq!((external.external, external.ready), (true, false));
+    assert_eq!((own.external, own.ready), (false, true));
+    assert_eq!(diary.take(), ["adopt a", "start b", "redirect to [b]"]);
+    for (pid, restarted) in [(7, false), (8, true)] {
+        diary.say("a", CompanionNews::Ready { ready: "a".into(), pid: Pid(pid) });
+        let told = Happening::CompanionReady { companion: "a".parse().unwrap(), restarted };
+        let report = test.until(|happening| *happening == told).await;
+        assert_eq!(report.view.state, State::Attached { missing: [].into() });
+        assert_eq!(diary.take(), ["connect a"]);
+    }
+    test.wish.send(Wish::Detached).unwrap();
+    test.until(|happening| *happening == Happening::Detached).await;
+    assert_eq!(diary.take(), ["drain", "stop b", "stop a", "detach"]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -8,6 +8,7 @@
 //! comes into force without it, `onFailure` acts in the kernel (open: connections pass, closed: they are refused), and
 //! the companion is tried again until it is ready.
 
+mod claims;
 mod companions;
 mod driver;
 #[cfg(test)]

@@ -16,11 +16,7 @@ use pillion_workload::{CompanionName, CompanionSpec, FailureMode, Pid, Plan, Red
 
 use pillion_redirect::{RedirectRecord, Sources};
 
-use crate::{
-    chain,
-    namespace::{Claims, Settled},
-    ports::Resolved,
-};
+use crate::{chain, claims::Claims, namespace::Settled, ports::Resolved};
 
 /// Companions and redirection of one node.
 pub(crate) trait Machinery: Send + Sync + 'static {
@@ -34,13 +30,19 @@ pub(crate) trait Machinery: Send + Sync + 'static {
     /// Settles ports and addresses in the workload's namespace.
     fn settle(
         &self,
+        workload: &Workload,
         netns: Arc<OwnedFd>,
         plan: Arc<Plan>,
         previous: Option<Resolved>,
     ) -> impl Future<Output = Result<Settled, Fault>> + Send;
 
     /// Claims the ports of an adopted attachment again.
-    fn claim_again(&self, netns: Arc<OwnedFd>, resolved: &Resolved) -> impl Future<Output = Claims> + Send;
+    fn claim_again(
+        &self,
+        workload: &Workload,
+        netns: Arc<OwnedFd>,
+        resolved: &Resolved,
+    ) -> impl Future<Output = Claims> + Send;
 
     /// Starts a companion and waits until it is ready. Dropped or failed, nothing of it is left.
     fn start(

@@ -1,12 +1,8 @@
-//! Looks around in a workload's network namespace: which ports are free, and which addresses are its own. Claims ports among
-//! all Pillion processes.
+//! Looks around in a workload's network namespace: which ports are free, and which addresses are its own.
 //!
-//! Owns the claims: abstract Unix sockets named after the port, which are per network namespace, exclusive, and gone with
-//! the process that holds them. So two `pillion run` in the host's namespace never choose the same port, although
-//! their companions bind later. Never enters a namespace on a thread of the async runtime.
+//! Owns the looking; what is found is claimed by `claims`. Never enters a namespace on a thread of the async runtime.
 
 use std::{
-    collections::BTreeMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket},
     os::fd::{AsRawFd, OwnedFd},
@@ -20,14 +16,17 @@ use nix::{
     net::if_::InterfaceFlags,
     sched::{CloneFlags, setns},
     sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, UnixAddr, bind,
-        listen, setsockopt, socket, sockopt,
+        AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, bind, listen,
+        setsockopt, socket, sockopt,
     },
 };
 use pillion_redirect::Sources;
-use pillion_workload::Plan;
+use pillion_workload::{Plan, WorkloadId};
 
-use crate::ports::{PortError, Resolved, resolve};
+use crate::{
+    claims::{Claims, Taken, inbound_ports},
+    ports::{PortError, Resolved, resolve},
+};
 
 /// A thousand binds take a few milliseconds.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -44,21 +43,17 @@ pub enum NamespaceError {
     /// No port is free.
     #[error(transparent)]
     Ports(#[from] PortError),
-}
-
-/// Ports that this process has claimed. Dropping it gives them up.
-#[derive(Debug, Default)]
-pub(crate) struct Claims(BTreeMap<u16, OwnedFd>);
-
-impl Claims {
-    /// Gives up the ports that `resolved` does not have any more.
-    pub(crate) fn keep_only(&mut self, resolved: &Resolved) {
-        self.0.retain(|port, _| resolved.allocated.contains(port));
-    }
-
-    pub(crate) fn join(&mut self, other: Self) {
-        self.0.extend(other.0);
-    }
+    /// Two workloads in one namespace have inbound rules for the same port.
+    #[error(
+        "the inbound rule for port {port} is not the only one in this network namespace: {} has one too, and the port can be redirected for one of them only",
+        whose.as_deref().unwrap_or("another workload")
+    )]
+    InboundTaken {
+        /// The port.
+        port: u16,
+        /// Which workload was first, as far as it can be told.
+        whose: Option<String>,
+    },
 }
 
 /// What was found and claimed.
@@ -69,19 +64,22 @@ pub(crate) struct Settled {
     pub(crate) sources: Sources,
 }
 
-/// Settles the ports of `plan` within `netns`.
+/// Settles the ports of `plan` within `netns`, for the workload `owner`. What `previous` has is claimed already.
 pub(crate) async fn settle(
     netns: Arc<OwnedFd>,
+    owner: WorkloadId,
     plan: Arc<Plan>,
     previous: Option<Resolved>,
 ) -> Result<Settled, NamespaceError> {
     within(netns, move || {
         let mut claims = Claims::default();
-        let resolved = resolve(&plan, previous.as_ref(), |port| {
-            let Some(claim) = claim(port).filter(|_| is_free(port)) else { return false };
-            claims.0.insert(port, claim);
-            true
-        })?;
+        let ours = previous.as_ref().map(|previous| inbound_ports(&previous.redirect)).unwrap_or_default();
+        for port in inbound_ports(&plan.redirect).difference(&ours) {
+            claims
+                .claim_inbound(*port, &owner)
+                .map_err(|Taken(whose)| NamespaceError::InboundTaken { port: *port, whose })?;
+        }
+        let resolved = resolve(&plan, previous.as_ref(), |port| claims.claim(port, is_free))?;
         Ok(Settled { resolved, claims, sources: sources() })
     })
     .await?
@@ -89,11 +87,20 @@ pub(crate) async fn settle(
 
 /// Claims the ports of an adopted attachment again, as far as nobody else has meanwhile: its companions listen on
 /// them, so that a lost claim does no harm.
-pub(crate) async fn claim_again(netns: Arc<OwnedFd>, resolved: &Resolved) -> Claims {
-    let ports = resolved.allocated.clone();
-    let claims =
-        within(netns, move || ports.iter().filter_map(|port| Some((*port, claim(*port)?))).collect()).await;
-    Claims(claims.unwrap_or_default())
+pub(crate) async fn claim_again(netns: Arc<OwnedFd>, owner: WorkloadId, resolved: &Resolved) -> Claims {
+    let (allocated, inbound) = (resolved.allocated.clone(), inbound_ports(&resolved.redirect));
+    let claims = within(netns, move || {
+        let mut claims = Claims::default();
+        for port in allocated {
+            claims.claim(port, |_| true);
+        }
+        for port in inbound {
+            // Whoever has it now has been told of it, or is this workload's own earlier agent, which is about to end.
+            let _ = claims.claim_inbound(port, &owner);
+        }
+        claims
+    });
+    claims.await.unwrap_or_default()
 }
 
 /// Runs `look` on a thread of its own that has entered `netns`, because the namespace is the thread's.
@@ -153,13 +160,6 @@ fn sources() -> Sources {
     sources
 }
 
-fn claim(port: u16) -> Option<OwnedFd> {
-    let address = UnixAddr::new_abstract(format!("pillion/companion-port/{port}").as_bytes()).ok()?;
-    let claim = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).ok()?;
-    bind(claim.as_raw_fd(), &address).ok()?;
-    Some(claim)
-}
-
 /// Whether nobody listens on the port on any address, nor takes datagrams. Connections in `TIME_WAIT` are not in the way.
 fn is_free(port: u16) -> bool {
     let v4 = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port));
@@ -197,6 +197,10 @@ mod tests {
     use super::*;
     use crate::testing::{outbound, plan};
 
+    fn owner() -> WorkloadId {
+        "process/a".parse().unwrap()
+    }
+
     #[test]
     fn a_listener_is_in_the_way_whatever_its_family() {
         for address in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0", "[::]:0"] {
@@ -208,14 +212,6 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_port_is_claimed_once() {
-        let first = claim(64999).unwrap();
-        assert!(claim(64999).is_none());
-        drop(first);
-        assert!(claim(64999).is_some());
-    }
-
     /// Entering even one's own namespace takes `CAP_SYS_ADMIN`: without it the error must say so.
     #[tokio::test]
     async fn two_workloads_of_a_namespace_get_different_ports() {
@@ -223,16 +219,16 @@ mod tests {
         let mut plan = plan(&["a"]);
         plan.redirect.outbound = vec![outbound(Target { companion: "a".parse().unwrap(), port: None })];
         let plan = Arc::new(plan);
-        let first = settle(netns.clone(), plan.clone(), None).await;
+        let first = settle(netns.clone(), owner(), plan.clone(), None).await;
         if !nix::unistd::geteuid().is_root() {
             assert!(matches!(first, Err(NamespaceError::Enter(_))));
             return;
         }
         let first = first.unwrap();
-        let second = settle(netns.clone(), plan.clone(), None).await.unwrap();
+        let second = settle(netns.clone(), owner(), plan.clone(), None).await.unwrap();
         assert_ne!(first.resolved.allocated, second.resolved.allocated);
         drop(first.claims);
-        let third = settle(netns, plan, None).await.unwrap();
+        let third = settle(netns, owner(), plan, None).await.unwrap();
         assert_eq!(first.resolved.allocated, third.resolved.allocated);
     }
 }

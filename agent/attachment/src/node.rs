@@ -18,9 +18,10 @@ use tokio::{
 };
 
 use crate::{
+    claims::Claims,
     driver::{Driver, Kept},
     machinery::{CompanionNews, Fault, LaunchOf, Machinery, Rules},
-    namespace::{self, Claims, Settled},
+    namespace::{self, Settled},
     ports::Resolved,
     record::{Ledger, Record, Witness},
     report::{Report, Wish},
@@ -146,15 +147,17 @@ impl Machinery for Node {
 
     async fn settle(
         &self,
+        workload: &Workload,
         netns: Arc<OwnedFd>,
         plan: Arc<Plan>,
         previous: Option<Resolved>,
     ) -> Result<Settled, Fault> {
-        namespace::settle(netns, plan, previous).await.map_err(|error| Fault::of(&error))
+        let owner = workload.id.clone();
+        namespace::settle(netns, owner, plan, previous).await.map_err(|error| Fault::of(&error))
     }
 
-    async fn claim_again(&self, netns: Arc<OwnedFd>, resolved: &Resolved) -> Claims {
-        namespace::claim_again(netns, resolved).await
+    async fn claim_again(&self, workload: &Workload, netns: Arc<OwnedFd>, resolved: &Resolved) -> Claims {
+        namespace::claim_again(netns, workload.id.clone(), resolved).await
     }
 
     async fn start(&self, launch: LaunchOf) -> Result<(Running, ReadyCompanion), Fault> {

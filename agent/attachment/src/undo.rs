@@ -10,9 +10,9 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
 use crate::{
+    claims::Claims,
     driver::Driver,
     machinery::{Fault, Machinery},
-    namespace::Claims,
     report::Happening,
     slot::{Slot, Stage},
     state::{State, Transition},

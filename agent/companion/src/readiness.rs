@@ -202,7 +202,9 @@ impl Outsider<'_> {
             return Err(CompanionError::InRootCgroup { pid: outsider.process.pid });
         }
         // Its own connections would come back to it. Accepting alone is no loop.
-        if outsider.cgroup.id == launch.workload_cgroup && launch.ports.outbound.is_some() {
+        if outsider.cgroup.id == launch.workload_cgroup
+            && launch.ports.outbound.or(launch.ports.dns).is_some()
+        {
             return Err(CompanionError::InWorkloadCgroup { pid: outsider.process.pid });
         }
         Ok(())
