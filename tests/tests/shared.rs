@@ -224,6 +224,33 @@ fn neighbours_in_one_namespace_do_not_meet() -> Result<()> {
     })
 }
 
+#[test]
+fn one_companion_serves_several_workloads() -> Result<()> {
+    on_machine(|_| {
+        let lot = Lot::new()?;
+        let (one, other) = (CgroupGuard::new()?, CgroupGuard::new()?);
+        let (mut app, mut neighbour) = (lot.puppet(&one)?, lot.puppet(&other)?);
+        let mut common = lot.sidecar(15001)?;
+        let guard = lot.attach(&one, &common, FailureMode::Closed)?;
+        let mut beside = lot.attach(&other, &common, FailureMode::Closed)?;
+        for _ in 0..10 {
+            common.takes(&mut app)?;
+            common.takes(&mut neighbour)?;
+        }
+        // For one of them it is gone; it is still told where the other's connections go.
+        beside.companion_gone(&name())?;
+        refused(&mut neighbour)?;
+        common.takes(&mut app)?;
+        beside.companion_ready(ready(name(), common.puppet.pid(), &common.cgroup)?)?;
+        guard.detach()?;
+        common.takes(&mut neighbour)?;
+        lot.passes(&mut app)?;
+        beside.detach()?;
+        drop((app, neighbour, common));
+        lot.end()
+    })
+}
+
 /// Two workloads, the cgroup of one being below that of the other, with their companions. Only the inner one's policy leaves
 /// the echo server alone.
 struct Nested {
@@ -642,7 +669,7 @@ fn a_port_is_redirected_for_one_workload_of_a_namespace() -> Result<()> {
         let db = scene.puppet("db", &[("app", "db")])?;
         let failed = scene.agent.until_verdict(&id("db"), "failed")?;
         ensure!(reason(&failed).contains("port 8080") && reason(&failed).contains(&id("api")), "{failed}");
-        let events = scene.agent.json(&["events"])?.to_string();
+        let events = scene.agent.cli(&["events"])?.success()?.stdout;
         ensure!(events.contains("is not the only one in this network namespace"), "{events}");
         // The first one keeps it.
         let mut client = Puppet::start(Place { netns: Some(&scene.far), cgroup: None })?;
