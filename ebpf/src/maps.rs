@@ -142,6 +142,8 @@ pub static OFF_DENTRY_NAME: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static OFF_MOUNT_VFS: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
+pub static OFF_VFS_ROOT: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
 pub static OFF_MOUNT_PARENT: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static OFF_MOUNT_POINT: Global<u32> = Global::new(0);

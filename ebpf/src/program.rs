@@ -8,7 +8,7 @@ use pillion_common::{ExecutableKey, PATH_NAME_BYTES, PATH_NAMES};
 
 use crate::maps::{
     OFF_DENTRY_NAME, OFF_DENTRY_PARENT, OFF_FILE_PATH, OFF_FS_ROOT, OFF_MM_EXE, OFF_MOUNT_PARENT,
-    OFF_MOUNT_POINT, OFF_MOUNT_VFS, OFF_PATH_DENTRY, OFF_PATH_MOUNT, OFF_TASK_FS, OFF_TASK_MM,
+    OFF_MOUNT_POINT, OFF_MOUNT_VFS, OFF_PATH_DENTRY, OFF_PATH_MOUNT, OFF_TASK_FS, OFF_TASK_MM, OFF_VFS_ROOT,
     PL_EXECUTABLES,
 };
 
@@ -39,7 +39,8 @@ pub fn is_left_alone(table: u32) -> bool {
         }
         let parent = read(dentry + u64::from(OFF_DENTRY_PARENT.load()));
         let at_root = dentry == root_dentry && mount == root_mount;
-        if at_root || parent == dentry {
+        let mount_root = read(mount + u64::from(OFF_VFS_ROOT.load()));
+        if at_root || dentry == mount_root || parent == dentry {
             let whole = mount - u64::from(OFF_MOUNT_VFS.load());
             let above = read(whole + u64::from(OFF_MOUNT_PARENT.load()));
             if at_root || above == whole || above == 0 {

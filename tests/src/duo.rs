@@ -159,9 +159,10 @@ impl Duo {
     fn asked(&mut self, which: usize) -> Result<SocketAddr> {
         let Companion { puppet, listeners, .. } = &mut self.companions[which];
         let accepted = puppet.accept(listeners[0])??;
-        let destination = puppet.original_destination(accepted, Domain::V4)?;
+        let destination = puppet.original_destination(accepted, Domain::V6)?;
         puppet.close(accepted)??;
-        Ok(destination?)
+        let destination = destination?;
+        Ok(SocketAddr::new(destination.ip().to_canonical(), destination.port()))
     }
 
     /// How many connections wait at each companion's IPv4 listener, of `ss`'s kind of knowledge.

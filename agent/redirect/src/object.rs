@@ -94,7 +94,7 @@ pub(crate) const MAPS: [&str; 21] = [
 ];
 
 /// What the programs read of kernel structures, to tell which program a process executes.
-pub(crate) const MEMBERS: [btf::Member; 13] = [
+pub(crate) const MEMBERS: [btf::Member; 14] = [
     ("OFF_TASK_MM", "task_struct", "mm"),
     ("OFF_TASK_FS", "task_struct", "fs"),
     ("OFF_MM_EXE", "mm_struct", "exe_file"),
@@ -106,6 +106,7 @@ pub(crate) const MEMBERS: [btf::Member; 13] = [
     ("OFF_DENTRY_NAME", "dentry", "d_name"),
     ("OFF_DENTRY_NAME", "qstr", "name"),
     ("OFF_MOUNT_VFS", "mount", "mnt"),
+    ("OFF_VFS_ROOT", "vfsmount", "mnt_root"),
     ("OFF_MOUNT_PARENT", "mount", "mnt_parent"),
     ("OFF_MOUNT_POINT", "mount", "mnt_mountpoint"),
 ];
