@@ -46,7 +46,7 @@ pub struct Duo {
     pub workload: CgroupGuard,
     /// The application's.
     pub nested: CgroupGuard,
-    /// The workload's namespace: 10.77.0.1 and fd77::1.
+    /// The workload's namespace: 10.77.0.1 and `fd77::1`.
     pub near: NetNs,
     _far: NetNs,
 }
@@ -63,7 +63,7 @@ pub fn to(which: usize) -> Target {
 }
 
 impl Duo {
-    /// Makes everything; nothing is attached yet. The far host has 10.77.0.2, 10.77.9.2, fd77::2 and fd77:9::2.
+    /// Makes everything; nothing is attached yet. The far host has 10.77.0.2, 10.77.9.2, `fd77::2` and `fd77:9::2`.
     pub fn new(_: &Machine) -> Result<Self> {
         let (near, far) = (NetNs::new()?, NetNs::new()?);
         NetNs::join(
