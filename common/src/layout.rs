@@ -350,6 +350,25 @@ pub struct InboundRule {
     pub flags: u32,
 }
 
+/// What one workload has of what all of them share; the key is its number.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Share {
+    /// By [`Share::SLOTS`] and the others.
+    pub taken: [u64; 4],
+}
+
+impl Share {
+    /// Slots whose question is awaited.
+    pub const SLOTS: usize = 0;
+    /// Redirected sockets that are open.
+    pub const CONNECTIONS: usize = 1;
+    /// Destinations kept by source.
+    pub const BY_SOURCE: usize = 2;
+    /// Destinations of datagrams.
+    pub const PEERS: usize = 3;
+}
+
 /// What the kernel side counts, for all workloads together.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -378,11 +397,13 @@ pub enum Counter {
     InboundFailedClosed = 10,
     /// Datagrams of sockets without a peer, sent to a companion.
     DatagramsRedirected = 11,
+    /// Connections and destinations for which a workload had no share left of what all of them share.
+    ShareExhausted = 12,
 }
 
 impl Counter {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::OutboundRedirected,
         Self::OutboundExcluded,
         Self::OutboundFailedOpen,
@@ -395,6 +416,7 @@ impl Counter {
         Self::InboundFailedOpen,
         Self::InboundFailedClosed,
         Self::DatagramsRedirected,
+        Self::ShareExhausted,
     ];
 }
 
@@ -463,6 +485,7 @@ const _: () = {
     assert!(size_of::<Network6>() == 20);
     assert!(size_of::<ListenerKey>() == 8);
     assert!(size_of::<InboundRule>() == 8);
+    assert!(size_of::<Share>() == 32);
 };
 
 #[cfg(feature = "user")]
@@ -502,6 +525,8 @@ mod pod {
     unsafe impl aya::Pod for super::ListenerKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::InboundRule {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Share {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::ProgramName {}
     // SAFETY: as above.

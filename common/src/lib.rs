@@ -22,10 +22,10 @@ pub use layout::{
     AF_INET, AF_INET6, BoundKey, BySource, BySourceKey, CompanionConfig, Counter, Destination, EXEC_BEAT,
     EXEC_MISSED, EXEMPT_LEVELS, ExecEvent, ExecutableKey, ExemptKey, HeardKey, HeldProcess, InboundRule,
     ListenerKey, Network4, Network6, PATH_NAME_BYTES, PATH_NAMES, PORTS_PER_COMPANION, PROGRAM_NAME_BYTES,
-    PeerKey, PeerSlot, PortKey, ProgramName, Redirected, Route, RouteKey, TCP, UDP, UserKey, WorkloadConfig,
-    flags,
+    PeerKey, PeerSlot, PortKey, ProgramName, Redirected, Route, RouteKey, Share, TCP, UDP, UserKey,
+    WorkloadConfig, flags,
 };
-pub use slot::{GENERATION_BITS, SLOT_BITS, SLOTS, Slot, SlotAddress, tag};
+pub use slot::{GENERATION_BITS, PEER_IDLE, SLOT_BITS, SLOTS, Slot, SlotAddress, tag};
 
 /// Version of everything in this crate; part of every pin's path.
 pub const LAYOUT_VERSION: u32 = 2;

@@ -16,6 +16,9 @@ pub const SLOTS: u32 = 1 << SLOT_BITS;
 /// Bits of the generation that an address can carry.
 pub const GENERATION_BITS: u32 = 22 - SLOT_BITS;
 
+/// After this long without a datagram the address of a destination may be given to another one, in units of 2^30 ns.
+pub const PEER_IDLE: u32 = 600;
+
 /// One original destination on its way.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use pillion_common::{AF_INET, AF_INET6, BySourceKey, Counter, Destination, SlotA
 
 use crate::{
     maps::{PL_BY_SOURCE, PL_COMPANIONS, count},
-    peers,
+    peers, share,
     slots::{self, Asked},
     socket::{IPPROTO_TCP, IPPROTO_UDP, MAPPED, local, netns, read, remote, write},
 };
@@ -49,7 +49,7 @@ pub fn pl_unasked(ctx: SockContext) -> i32 {
     }
     let (peer, family) = remote(sk);
     let netns = netns(sk, PL_COMPANIONS.get().workload);
-    let asked = PL_BY_SOURCE.remove(source_key(sk, netns, peer, family, TCP)).is_ok();
+    let asked = share::forget_by_source(&source_key(sk, netns, peer, family, TCP));
     if !asked
         && let Some(address) = slot_address(&peer, family)
         && let Asked::Found(_, _, seen) = slots::ask(address, netns)

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use pillion_common::{
     BoundKey, BySource, BySourceKey, CONNECTIONS, CompanionConfig, Counter, ExecutableKey, ExemptKey,
     HeardKey, InboundRule, ListenerKey, Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route,
-    RouteKey, SLOTS, Slot, UserKey, WorkloadConfig,
+    RouteKey, SLOTS, Share, Slot, UserKey, WorkloadConfig,
 };
 
 /// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made.
@@ -73,6 +73,10 @@ pub static PL_BY_SOURCE: HashMap<BySourceKey, BySource, { CONNECTIONS as usize }
 /// 0.8 µs, more than all the rest of a connect; `pl_release` takes entries out, and a detach what is left.
 #[btf_map]
 pub static PL_REDIRECTED: HashMap<u64, Redirected, { CONNECTIONS as usize }, NO_PREALLOC> = HashMap::new();
+
+/// What each workload has of what all share, by its number. The agent makes and removes the entries.
+#[btf_map]
+pub static PL_SHARES: HashMap<u32, Share, 65536, NO_PREALLOC> = HashMap::new();
 
 /// The class of destinations, by IPv4 network.
 #[btf_map]
@@ -151,9 +155,15 @@ pub static OFF_MOUNT_POINT: Global<u32> = Global::new(0);
 /// The workload that this instance of `pl_steer` serves: `sk_lookup` programs cannot tell their namespace.
 #[unsafe(no_mangle)]
 pub static STEER_WORKLOAD: Global<u32> = Global::new(0);
-/// How many slots may be used, at most [`SLOTS`].
+/// How many slots, and as many destinations of datagrams, may be used, at most [`SLOTS`].
 #[unsafe(no_mangle)]
 pub static USABLE_SLOTS: Global<u32> = Global::new(SLOTS);
+/// How many of them one workload may have.
+#[unsafe(no_mangle)]
+pub static SLOTS_PER_WORKLOAD: Global<u32> = Global::new(SLOTS);
+/// How many open connections one workload may have, and how many destinations kept by source.
+#[unsafe(no_mangle)]
+pub static CONNECTIONS_PER_WORKLOAD: Global<u32> = Global::new(CONNECTIONS);
 /// After this many units of 2^30 ns an unasked slot is taken back.
 #[unsafe(no_mangle)]
 pub static SLOT_EXPIRY: Global<u32> = Global::new(900);

@@ -21,6 +21,7 @@ use crate::{
     decide::decide,
     exempt::is_exempt,
     maps::{PL_REDIRECTED, PL_WORKLOADS, count, kernel_has},
+    share,
     slots::{self, Taken},
     socket::{
         IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, SOCK_DGRAM, SOCK_STREAM, TCP_CLOSE,
@@ -195,13 +196,14 @@ pub fn pl_release(ctx: SockContext) -> i32 {
     let state = read!((*sk).state);
     // A datagram socket's companion may ask again as long as it is open.
     let over = state == TCP_SYN_SENT || state == TCP_CLOSE || read!((*sk).protocol) == IPPROTO_UDP;
-    if over
-        // SAFETY: the entry stays until it is removed below.
-        && let Some(redirected) = unsafe { PL_REDIRECTED.get(cookie) }
-    {
-        slots::abandon(redirected, netns(sk, redirected.workload));
+    // SAFETY: the entry stays until it is removed below.
+    if let Some(redirected) = unsafe { PL_REDIRECTED.get(cookie) } {
+        let workload = redirected.workload;
+        if over {
+            slots::abandon(redirected, netns(sk, workload));
+        }
+        share::forget(cookie, workload);
     }
-    let _ = PL_REDIRECTED.remove(cookie);
     PASS
 }
 
@@ -347,8 +349,7 @@ fn bind_to(ctx: *mut bpf_sock_addr, address: [u32; 4], port_be: u16, v6: bool) -
 /// Records what the application is to see, and frees the socket from its interface: the companion is on loopback.
 #[inline(always)]
 fn commit(ctx: *mut bpf_sock_addr, state: &Redirected, netns: u64, v6: bool) -> bool {
-    if PL_REDIRECTED.insert(cookie(ctx), state, 0).is_err() {
-        count(Counter::SlotsExhausted);
+    if !share::keep(cookie(ctx), state) {
         slots::abandon(state, netns);
         // Passed on, it would go out from a loopback address. What an earlier connect has left, `pass` undoes.
         if state.flags & Redirected::REBOUND != 0 {
@@ -357,7 +358,7 @@ fn commit(ctx: *mut bpf_sock_addr, state: &Redirected, netns: u64, v6: bool) -> 
         return false;
     }
     if state.interface != 0 && !bind_to_interface(ctx, 0) {
-        let _ = PL_REDIRECTED.remove(cookie(ctx));
+        share::forget(cookie(ctx), state.workload);
         slots::abandon(state, netns);
         if state.flags & Redirected::REBOUND != 0 {
             unbind(ctx, state.bound, v6);
@@ -392,7 +393,7 @@ fn pass(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, v6: bool) -> i32 {
     {
         slots::abandon(previous, netns(ctx, previous.workload));
         let (flags, bound, interface) = (previous.flags, previous.bound, previous.interface);
-        let _ = PL_REDIRECTED.remove(cookie);
+        share::forget(cookie, config.workload);
         if flags & Redirected::REBOUND != 0 {
             unbind(ctx, bound, v6);
         }

@@ -2,21 +2,20 @@
 //! datagrams bear as their source on the way to the companion, and its answers on the way back.
 //!
 //! So one socket may ask several destinations at once, and each answer comes from the one that was asked. A destination has
-//! its address, for one workload, until it was not used for [`IDLE`] and another needs it.
+//! its address, for one workload, until it was not used for [`PEER_IDLE`] and another needs it.
 
 use core::ptr::NonNull;
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
-use pillion_common::{Counter, Destination, PeerKey, PeerSlot, SLOTS, SlotAddress, tag};
+use pillion_common::{Counter, Destination, PEER_IDLE, PeerKey, PeerSlot, Share, SlotAddress, tag};
 
 use crate::{
     atomic,
-    maps::{PL_FRESH, PL_PEER_OF, PL_PEERS, count},
+    maps::{PL_FRESH, PL_PEER_OF, PL_PEERS, USABLE_SLOTS, count},
+    share,
     slots::{now, tag_of},
 };
 
-/// After this long without a datagram an address may be given to another destination, in units of 2^30 ns.
-const IDLE: u32 = 600;
 const TRIES: u32 = 32;
 const BPF_NOEXIST: u64 = 1;
 
@@ -39,7 +38,13 @@ pub fn address_of(netns: u64, workload: u32, destination: &Destination) -> Optio
         }
         let _ = PL_PEER_OF.remove(key);
     }
-    let taken = take(&key, time)?;
+    if !share::take(workload, Share::PEERS) {
+        return None;
+    }
+    let Some(taken) = take(&key, time) else {
+        share::give(workload, Share::PEERS);
+        return None;
+    };
     if PL_PEER_OF.insert(key, taken, BPF_NOEXIST).is_ok() {
         return Some(encoded(taken));
     }
@@ -55,11 +60,12 @@ fn encoded(peer: PeerSlot) -> u32 {
 
 #[inline(always)]
 fn take(key: &PeerKey, time: u32) -> Option<PeerSlot> {
+    let usable = USABLE_SLOTS.load();
     if let Some(fresh) = PL_FRESH.get_ptr_mut(1).and_then(NonNull::new)
-        && atomic::load(fresh) < u64::from(SLOTS)
+        && atomic::load(fresh) < u64::from(usable)
     {
         let id = atomic::fetch_add(fresh, 1);
-        if id < u64::from(SLOTS)
+        if id < u64::from(usable)
             && let Some(taken) = claim(id as u32, key, time)
         {
             return Some(taken);
@@ -67,7 +73,7 @@ fn take(key: &PeerKey, time: u32) -> Option<PeerSlot> {
     }
     for _ in 0..TRIES {
         // SAFETY: takes nothing, returns a number.
-        let random = unsafe { bpf_get_prandom_u32() } & (SLOTS - 1);
+        let random = unsafe { bpf_get_prandom_u32() } % usable;
         if let Some(taken) = claim(random, key, time) {
             return Some(taken);
         }
@@ -80,7 +86,7 @@ fn take(key: &PeerKey, time: u32) -> Option<PeerSlot> {
 fn claim(id: u32, key: &PeerKey, time: u32) -> Option<PeerSlot> {
     let slot = PL_PEERS.get_ptr_mut(id)?;
     let seen = atomic::load(tag_of(slot));
-    if tag::is_busy(seen) && tag::age(seen, time) < IDLE {
+    if tag::is_busy(seen) && tag::age(seen, time) < PEER_IDLE {
         return None;
     }
     let taken = tag::next(seen, time);
@@ -96,6 +102,7 @@ fn claim(id: u32, key: &PeerKey, time: u32) -> Option<PeerSlot> {
                 workload: (*slot).workload,
             };
             let _ = PL_PEER_OF.remove(old);
+            share::give(old.workload, Share::PEERS);
         }
         (*slot).netns = key.netns;
         (*slot).workload = key.workload;

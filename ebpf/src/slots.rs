@@ -8,13 +8,13 @@ use core::ptr::NonNull;
 
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use pillion_common::{
-    AF_INET, AF_INET6, BySource, BySourceKey, Counter, Destination, Redirected, SLOTS, Slot, TCP, UDP,
+    AF_INET, AF_INET6, BySource, BySourceKey, Counter, Destination, Redirected, Share, Slot, TCP, UDP,
     kernel, tag,
 };
 
-use crate::maps::{PL_BY_SOURCE, PL_FREE, PL_FRESH, PL_SLOTS, SLOT_EXPIRY, USABLE_SLOTS, count, kernel_has};
+use crate::maps::{PL_FREE, PL_FRESH, PL_SLOTS, SLOT_EXPIRY, USABLE_SLOTS, count, kernel_has};
 use crate::socket::{LOOPBACK4, ONE};
-use crate::{apart, atomic};
+use crate::{apart, atomic, share};
 
 /// How many returned slots, and then how many random ones, are tried.
 const TRIES_RETURNED: u32 = 8;
@@ -63,6 +63,8 @@ fn claim(id: u32, time: u32, netns: u64, workload: u32, destination: &Destinatio
     }
     if expired {
         count(Counter::SlotsExpired);
+        // SAFETY: the claim makes this run the only one that looks at or changes what the one before has written.
+        share::give(unsafe { (*slot).workload }, Share::SLOTS);
     }
     // SAFETY: the claim makes this run the only writer; a reader checks the tag before and after.
     unsafe {
@@ -88,9 +90,15 @@ apart! {
     fn take_slot(netns: u64, workload: u32, destination: *const Destination) -> u64 {
         // SAFETY: the verifier sees to it that it is null or a destination.
         let Some(destination) = (unsafe { destination.as_ref() }) else { return NONE };
+        if !share::take(workload, Share::SLOTS) {
+            return NONE;
+        }
         match find(netns, workload, destination) {
             Some(taken) => u64::from(taken.generation) << 32 | u64::from(taken.slot),
-            None => NONE,
+            None => {
+                share::give(workload, Share::SLOTS);
+                NONE
+            }
         }
     }
 }
@@ -117,10 +125,8 @@ fn find(netns: u64, workload: u32, destination: &Destination) -> Option<Taken> {
     }
     for _ in 0..TRIES_RANDOM {
         // SAFETY: takes nothing, returns a number.
-        let random = unsafe { bpf_get_prandom_u32() } & (SLOTS - 1);
-        if random < usable
-            && let Some(taken) = claim(random, time, netns, workload, destination)
-        {
+        let random = unsafe { bpf_get_prandom_u32() } % usable;
+        if let Some(taken) = claim(random, time, netns, workload, destination) {
             return Some(taken);
         }
     }
@@ -140,9 +146,12 @@ pub fn give_back(taken: Taken) {
 
 #[inline(always)]
 fn free(slot: *mut Slot, id: u32, seen: u64) {
+    // SAFETY: a map value; of another workload by now only if the tag is another too, which is compared below.
+    let workload = unsafe { core::ptr::read_volatile(&raw const (*slot).workload) };
     if tag::is_busy(seen) && atomic::compare_exchange(tag_of(slot), id, seen, tag::freed(seen)) {
         // A slot that cannot be queued is found by random probing.
         let _ = PL_FREE.push(id, 0);
+        share::give(workload, Share::SLOTS);
     }
 }
 
@@ -202,31 +211,19 @@ pub fn answered(id: u32, seen: u64) {
 /// because its answer would be wrong.
 #[inline(always)]
 fn keep_by_source(key: &BySourceKey, destination: &Destination, workload: u32) -> bool {
-    const BPF_NOEXIST: u64 = 1;
-    // A datagram socket that is connected again has another destination from now on.
-    let unique = if key.protocol == u16::from(UDP) { 0 } else { BPF_NOEXIST };
     let time = now();
     let value = BySource { destination: *destination, time, workload };
-    if PL_BY_SOURCE.insert(key, value, unique).is_ok() {
-        return true;
-    }
-    // SAFETY: read at once, before any other operation on the map.
-    let expired = match unsafe { PL_BY_SOURCE.get(key) } {
-        Some(held) => time.wrapping_sub(held.time) & 0x7fff_ffff >= SLOT_EXPIRY.load(),
-        None => false,
-    };
-    let kept = expired && PL_BY_SOURCE.insert(key, value, 0).is_ok();
-    if !kept {
-        count(Counter::SlotsExhausted);
-    }
-    kept
+    share::keep_by_source(key, &value, |held| {
+        // A datagram socket that is connected again has another destination from now on.
+        key.protocol == u16::from(UDP) || time.wrapping_sub(held.time) & 0x7fff_ffff >= SLOT_EXPIRY.load()
+    })
 }
 
 /// Keeps the answer from the slot with tag `seen` for as long as the companion has the connection open.
 #[inline(always)]
 pub fn keep_answer(key: &BySourceKey, destination: &Destination, workload: u32, seen: u64) -> bool {
     let value = BySource { destination: *destination, time: tag::time(seen), workload };
-    PL_BY_SOURCE.insert(key, value, 0).is_ok()
+    share::keep_by_source(key, &value, |_| true)
 }
 
 /// Gives back whatever carries the destination of a socket whose connection did not come about.
@@ -276,7 +273,7 @@ fn release(redirected: &Redirected, netns: u64) {
         }
         return;
     }
-    let _ = PL_BY_SOURCE.remove(key_of(redirected, netns));
+    share::forget_by_source(&key_of(redirected, netns));
 }
 
 /// The key under which the destination of a socket is kept: its source as the companion sees it.

@@ -21,7 +21,7 @@ use crate::{
     decide::decide,
     exempt::is_exempt,
     maps::{PL_BOUND, PL_COMPANIONS, PL_HEARD, PL_REDIRECTED, PL_WORKLOADS, count, kernel_has},
-    peers, slots,
+    peers, share, slots,
     socket::{
         IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, cookie, listening, local, netns, read, socket_of, unmapped,
         write,
@@ -151,7 +151,11 @@ fn remember(
             return false;
         }
     }
-    PL_REDIRECTED.insert(cookie, state, 0).is_ok()
+    let kept = share::keep(cookie, &state);
+    if !kept && !dns {
+        slots::abandon(&state, netns(ctx, config.workload));
+    }
+    kept
 }
 
 #[cgroup_sock_addr(recvmsg4)]

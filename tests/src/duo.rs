@@ -64,7 +64,12 @@ pub fn to(which: usize) -> Target {
 
 impl Duo {
     /// Makes everything; nothing is attached yet. The far host has 10.77.0.2, 10.77.9.2, `fd77::2` and `fd77:9::2`.
-    pub fn new(_: &Machine) -> Result<Self> {
+    pub fn new(machine: &Machine) -> Result<Self> {
+        Self::with(machine, |options| options)
+    }
+
+    /// The same with other limits.
+    pub fn with(_: &Machine, limits: impl FnOnce(LoadOptions) -> LoadOptions) -> Result<Self> {
         let (near, far) = (NetNs::new()?, NetNs::new()?);
         NetNs::join(
             End { netns: &near, device: "far", addresses: &["10.77.0.1/24", "fd77::1/64"] },
@@ -79,10 +84,10 @@ impl Duo {
         let workload = CgroupGuard::new()?;
         let nested = workload.child("nested")?;
         let pins = format!("/sys/fs/bpf/pillion-test-{}-{}", std::process::id(), workload.id()?);
-        let dataplane = Dataplane::load(&LoadOptions {
+        let dataplane = Dataplane::load(&limits(LoadOptions {
             slot_expiry: Duration::from_secs(600),
             ..LoadOptions::new(pins)
-        })?;
+        }))?;
         let companion = |(_, port): (&str, u16)| -> Result<Companion> {
             let cgroup = CgroupGuard::new()?;
             let mut puppet = Puppet::start(Place { netns: Some(&near), cgroup: Some(&cgroup) })?;

@@ -11,6 +11,7 @@ pub mod bench;
 pub mod cgroup;
 pub mod cluster;
 pub mod containerd;
+pub mod crowd;
 pub mod demo;
 pub mod differ;
 pub mod duo;

@@ -5,6 +5,7 @@
 //! ([`Puppet::under`]). Requests and replies are lines of JSON, one reply to each request; see [`protocol`].
 
 pub mod flood;
+mod hold;
 pub mod protocol;
 pub mod stage;
 
@@ -218,6 +219,14 @@ calls! {
     audit_seen() -> Audited(Audited) = Request::AuditSeen;
     /// Ends the audit, and its listener.
     audit_stop() -> Audited(Audited) = Request::AuditStop;
+    /// So many connections, each to another destination, that stay open until [`Puppet::let_go`].
+    hold_open(connections: u32) -> Flooded(Flooded) = Request::HoldOpen { connections };
+    /// Begins to accept on `address` in the background, to compare original destinations and to keep the connections.
+    hold_accepted(address: SocketAddr) -> Address(SocketAddr) = Request::HoldAccepted { address };
+    /// What that has seen so far.
+    held_seen() -> Audited(Audited) = Request::HeldSeen;
+    /// Closes all that is held open, and its listener; answers what was seen of what was accepted.
+    let_go() -> Audited(Audited) = Request::LetGo;
 }
 
 impl Puppet {

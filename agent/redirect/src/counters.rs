@@ -20,6 +20,7 @@ pub struct Counters {
     pub inbound_failed_open: u64,
     pub inbound_failed_closed: u64,
     pub datagrams_redirected: u64,
+    pub share_exhausted: u64,
     /// Slots that wait for their companion's question right now.
     pub slots_busy: u64,
     /// Destinations kept by source right now: connections that companions have asked for and not closed yet, and those
@@ -44,6 +45,7 @@ impl Counters {
             Counter::InboundFailedOpen => &mut self.inbound_failed_open,
             Counter::InboundFailedClosed => &mut self.inbound_failed_closed,
             Counter::DatagramsRedirected => &mut self.datagrams_redirected,
+            Counter::ShareExhausted => &mut self.share_exhausted,
         } = value;
     }
 }

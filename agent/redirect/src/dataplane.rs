@@ -18,10 +18,11 @@ use aya::{
     programs::ProgramFd,
 };
 use ipnet::IpNet;
+use nix::time::{ClockId, clock_gettime};
 use pillion_common::{
-    BySource, BySourceKey, CompanionConfig, Counter, ExecutableKey, ExemptKey, InboundRule, LAYOUT_VERSION,
-    ListenerKey, Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route, RouteKey, SLOTS, Slot,
-    UserKey, WorkloadConfig, tag,
+    BySource, BySourceKey, CONNECTIONS, CompanionConfig, Counter, ExecutableKey, ExemptKey, InboundRule,
+    LAYOUT_VERSION, ListenerKey, Network4, Network6, PEER_IDLE, PeerKey, PeerSlot, PortKey, Redirected,
+    Route, RouteKey, SLOTS, Share, Slot, UserKey, WorkloadConfig, tag,
 };
 use pillion_workload::CgroupId;
 
@@ -44,8 +45,19 @@ use crate::{
 pub struct LoadOptions {
     /// Directory for the pins, in a BPF file system. Nobody else may load from it at the same time.
     pub pin_root: PathBuf,
-    /// How many connections may wait for their companion's question at once, for all workloads; at most 65,536.
+    /// How many connections may wait for their companion's question at once, for all workloads, and how many
+    /// destinations datagrams may have; at most 65,536.
     pub slots: u32,
+    /// How many of them one workload may have.
+    pub slots_per_workload: u32,
+    /// How many redirected connections may be open at once, for all workloads, and as many kept by source. Of maps that
+    /// are pinned already it stays what it was.
+    pub connections: u32,
+    /// How many of them one workload may have.
+    pub connections_per_workload: u32,
+    /// How many networks of a family, and how many ports by class, all rules together may have; as `connections` of
+    /// maps that are new.
+    pub table_entries: u32,
     /// How long one may wait before its slot can be given to another connection. Longer than any companion stalls.
     pub slot_expiry: Duration,
     /// Whether policies may exclude programs: their paths are read from kernel structures, whose form is looked up then.
@@ -55,15 +67,25 @@ pub struct LoadOptions {
 }
 
 impl LoadOptions {
-    /// The usual limits: 65,536 slots, 15 minutes.
+    /// The usual limits: 65,536 slots, 262,144 connections, of both half for one workload; 15 minutes.
     pub fn new(pin_root: impl Into<PathBuf>) -> Self {
         Self {
             pin_root: pin_root.into(),
             slots: SLOTS,
+            slots_per_workload: SLOTS / 2,
+            connections: CONNECTIONS,
+            connections_per_workload: CONNECTIONS / 2,
+            table_entries: 1 << 20,
             slot_expiry: Duration::from_secs(900),
             executables: true,
             as_on_the_oldest_kernel: false,
         }
+    }
+
+    /// The same for a single workload, which may have everything.
+    #[must_use]
+    pub fn for_one_workload(self) -> Self {
+        Self { slots_per_workload: self.slots, connections_per_workload: self.connections, ..self }
     }
 }
 
@@ -90,6 +112,8 @@ pub(crate) struct Maps {
     fresh: Array<MapData, u64>,
     by_source: HashMap<MapData, BySourceKey, BySource>,
     redirected: HashMap<MapData, u64, Redirected>,
+    shares: HashMap<MapData, u32, Share>,
+    peers: Array<MapData, Slot>,
     peer_of: HashMap<MapData, PeerKey, PeerSlot>,
     networks4: LpmTrie<MapData, Network4, u32>,
     networks6: LpmTrie<MapData, Network6, u32>,
@@ -125,6 +149,10 @@ impl Dataplane {
         let constants = Constants {
             kernel,
             usable_slots: options.slots.clamp(1, SLOTS),
+            slots_per_workload: options.slots_per_workload.max(1),
+            connections_per_workload: options.connections_per_workload.max(1),
+            connections: options.connections.max(1),
+            table_entries: options.table_entries.max(1),
             // Units of 2^30 ns; see `pillion_common::tag`.
             slot_expiry: u32::try_from(options.slot_expiry.as_nanos() >> 30).unwrap_or(u32::MAX >> 2).max(1),
             steer_workload: 0,
@@ -275,6 +303,8 @@ impl Maps {
             fresh: typed(object, "PL_FRESH")?,
             by_source: typed(object, "PL_BY_SOURCE")?,
             redirected: typed(object, "PL_REDIRECTED")?,
+            shares: typed(object, "PL_SHARES")?,
+            peers: typed(object, "PL_PEERS")?,
             peer_of: typed(object, "PL_PEER_OF")?,
             networks4: typed(object, "PL_NETS4")?,
             networks6: typed(object, "PL_NETS6")?,
@@ -326,30 +356,60 @@ impl Maps {
 
     /// Forgets the connections of a workload whose programs are detached and will not do it.
     pub(crate) fn forget_connections(&mut self, workload: u32) -> Result<(), RedirectError> {
-        let cookies: Vec<u64> = self
-            .redirected
-            .iter()
-            .flatten()
-            .filter_map(|(key, value)| (value.workload == workload).then_some(key))
-            .collect();
+        // A walk looks at the entries of all workloads, which may be many: where this one has none, there is none.
+        let share = self.shares.get(&workload, 0).ok();
+        let has = |part: usize| share.is_none_or(|share| share.taken[part] != 0);
+        let mut cookies = Vec::new();
+        if has(Share::CONNECTIONS) {
+            let own = |(key, value): (u64, Redirected)| (value.workload == workload).then_some(key);
+            cookies.extend(self.redirected.iter().flatten().filter_map(own));
+        }
         for cookie in cookies {
             absent_is_fine(self.redirected.remove(&cookie), "PL_REDIRECTED")?;
         }
-        let sources: Vec<BySourceKey> = self
-            .by_source
-            .iter()
-            .flatten()
-            .filter_map(|(key, value)| (value.workload == workload).then_some(key))
-            .collect();
+        let mut sources = Vec::new();
+        if has(Share::BY_SOURCE) {
+            let own = |(key, value): (BySourceKey, BySource)| (value.workload == workload).then_some(key);
+            sources.extend(self.by_source.iter().flatten().filter_map(own));
+        }
         for source in sources {
             absent_is_fine(self.by_source.remove(&source), "PL_BY_SOURCE")?;
         }
-        let peers: Vec<PeerKey> =
-            self.peer_of.keys().flatten().filter(|key| key.workload == workload).collect();
-        for peer in peers {
-            absent_is_fine(self.peer_of.remove(&peer), "PL_PEER_OF")?;
+        let mut peers = Vec::new();
+        if has(Share::PEERS) {
+            peers.extend(self.peer_of.keys().flatten().filter(|key| key.workload == workload));
         }
-        Ok(())
+        for peer in peers {
+            self.forget_peer(&peer)?;
+        }
+        absent_is_fine(self.shares.remove(&workload), "PL_SHARES")
+    }
+
+    /// Forgets a destination of datagrams, and gives back what stands for it.
+    fn forget_peer(&mut self, key: &PeerKey) -> Result<(), RedirectError> {
+        let Ok(known) = self.peer_of.get(key, 0) else { return Ok(()) };
+        let slot = self.peers.get(&known.slot, 0).map_err(RedirectError::map("PL_PEERS"))?;
+        // One that was not used for long may be claimed for another destination at this moment, which frees it as well.
+        let age = tag::age(slot.tag, now());
+        if tag::is_busy(slot.tag) && tag::generation(slot.tag) == known.generation && age < PEER_IDLE - 10 {
+            let freed = Slot { tag: tag::freed(slot.tag), ..slot };
+            self.peers.set(known.slot, freed, 0).map_err(RedirectError::map("PL_PEERS"))?;
+        }
+        absent_is_fine(self.peer_of.remove(key), "PL_PEER_OF")
+    }
+
+    /// Begins to count what a workload has, unless that is counted already.
+    pub(crate) fn begin_share(&mut self, workload: u32) -> Result<(), RedirectError> {
+        const BPF_NOEXIST: u64 = 1;
+        match self.shares.insert(workload, Share::default(), BPF_NOEXIST) {
+            Err(_) if self.shares.get(&workload, 0).is_ok() => Ok(()),
+            result => result.map_err(RedirectError::map("PL_SHARES")),
+        }
+    }
+
+    /// What a workload has of what all of them share.
+    pub(crate) fn share(&self, workload: u32) -> Result<Share, RedirectError> {
+        self.shares.get(&workload, 0).map_err(RedirectError::map("PL_SHARES"))
     }
 
     /// Forgets every workload but these.
@@ -375,8 +435,9 @@ impl Maps {
         // A companion keeps answers longer than the application its socket.
         let kept = self.by_source.iter().flatten().map(|(_, answer)| answer.workload);
         let peers = self.peer_of.keys().flatten().map(|key| key.workload);
+        let shares = self.shares.keys().flatten();
         let gone: BTreeSet<u32> =
-            redirected.chain(kept).chain(peers).filter(|workload| strange(*workload)).collect();
+            redirected.chain(kept).chain(peers).chain(shares).filter(|workload| strange(*workload)).collect();
         gone.into_iter().try_for_each(|workload| self.forget_connections(workload))
     }
 
@@ -525,6 +586,12 @@ fn write_storage<V: aya::Pod>(
     };
     sys::write_cgroup_storage(data.fd().as_fd(), cgroup.0, value)
         .map_err(RedirectError::sys("cannot configure", Path::new(name)))
+}
+
+/// The time of tags, see [`pillion_common::tag`].
+fn now() -> u32 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    u32::try_from((now.as_nanos() >> 30) & 0x7fff_ffff).unwrap_or(0)
 }
 
 fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(), RedirectError> {

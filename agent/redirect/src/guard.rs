@@ -9,7 +9,7 @@ use std::{
 };
 
 use aya_obj::generated::bpf_attach_type::BPF_SK_LOOKUP;
-use pillion_common::{AF_INET, AF_INET6, ListenerKey};
+use pillion_common::{AF_INET, AF_INET6, ListenerKey, Share};
 use pillion_workload::{
     Cgroup, CgroupId, CompanionName, FailureMode, Family, Protocol, ReadyCompanion, RedirectSpec,
 };
@@ -119,6 +119,7 @@ impl Dataplane {
         };
         self.enter(number, request.cgroup)?;
         guard.create_directory("")?;
+        guard.dataplane.maps().begin_share(number)?;
         guard.write_entries(&guard.rules)?;
         for ready in request.companions {
             guard.companion_ready(ready)?;
@@ -141,6 +142,7 @@ impl Dataplane {
         }
         guard.exempt.clone_from(&record.exempt);
         guard.create_directory("")?;
+        guard.dataplane.maps().begin_share(record.number)?;
         guard.write_entries(&guard.rules)?;
         let wanted = guard.workload_programs().count();
         for program in &WORKLOAD_PROGRAMS {
@@ -349,6 +351,11 @@ impl RedirectGuard {
             }
         }
         Ok(())
+    }
+
+    /// What the workload has of what all of them share.
+    pub fn share(&self) -> Result<Share, RedirectError> {
+        self.dataplane.maps().share(self.rules.config.workload)
     }
 
     /// Redirects no new connection from now on, but still answers companions, which may not have asked for all of those

@@ -47,5 +47,5 @@ pub use guard::{AttachRequest, RedirectGuard, RedirectRecord, Sources};
 pub use inventory::{Inventory, KernelObject, inventory};
 pub use object::is_redirected;
 pub use ownership::{ByOwner, inventory_by_owner, pins_below};
-pub use pillion_common::LAYOUT_VERSION;
+pub use pillion_common::{LAYOUT_VERSION, Share};
 pub use probe::{Feature, probe};

@@ -69,7 +69,7 @@ pub(crate) const COMPANION_PROGRAMS: [CgroupProgram; 3] = [
 pub(crate) const STEER_PROGRAM: &str = "pl_steer";
 
 /// Every map of the objects.
-pub(crate) const MAPS: [&str; 21] = [
+pub(crate) const MAPS: [&str; 22] = [
     "PL_WORKLOADS",
     "PL_COMPANIONS",
     "PL_SLOTS",
@@ -77,6 +77,7 @@ pub(crate) const MAPS: [&str; 21] = [
     "PL_FRESH",
     "PL_BY_SOURCE",
     "PL_REDIRECTED",
+    "PL_SHARES",
     "PL_NETS4",
     "PL_NETS6",
     "PL_ROUTES",
@@ -127,8 +128,13 @@ pub fn is_redirected(cgroup: &Path) -> bool {
 pub(crate) struct Constants {
     pub(crate) kernel: Kernel,
     pub(crate) usable_slots: u32,
+    pub(crate) slots_per_workload: u32,
+    pub(crate) connections_per_workload: u32,
     pub(crate) slot_expiry: u32,
     pub(crate) steer_workload: u32,
+    /// How many entries maps have that are made, and how many those of rules.
+    pub(crate) connections: u32,
+    pub(crate) table_entries: u32,
 }
 
 /// Parses the object and makes its maps, or takes those pinned in `maps`. No program is loaded yet. Without `offsets` no
@@ -142,8 +148,16 @@ pub(crate) fn open(
     loader
         .override_global("KERNEL", &constants.kernel.bits, true)
         .override_global("USABLE_SLOTS", &constants.usable_slots, true)
+        .override_global("SLOTS_PER_WORKLOAD", &constants.slots_per_workload, true)
+        .override_global("CONNECTIONS_PER_WORKLOAD", &constants.connections_per_workload, true)
         .override_global("SLOT_EXPIRY", &constants.slot_expiry, true)
         .override_global("STEER_WORKLOAD", &constants.steer_workload, true);
+    for map in ["PL_BY_SOURCE", "PL_REDIRECTED"] {
+        loader.map_max_entries(map, constants.connections);
+    }
+    for map in ["PL_NETS4", "PL_NETS6", "PL_ROUTES"] {
+        loader.map_max_entries(map, constants.table_entries);
+    }
     for (global, offset) in offsets.into_iter().flat_map(Offsets::globals) {
         loader.override_global(global, offset, true);
     }

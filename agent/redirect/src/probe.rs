@@ -19,7 +19,16 @@ pub struct Feature {
 
 /// Loads maps and every program and drops them again. Nothing is attached or pinned.
 pub fn probe() -> Vec<Feature> {
-    let constants = |kernel| Constants { kernel, usable_slots: 1, slot_expiry: 1, steer_workload: 0 };
+    let constants = |kernel| Constants {
+        kernel,
+        usable_slots: 1,
+        slots_per_workload: 1,
+        connections_per_workload: 1,
+        slot_expiry: 1,
+        steer_workload: 0,
+        connections: 1,
+        table_entries: 1,
+    };
     let mut object = match Kernel::find().and_then(|kernel| object::open(None, &constants(kernel), None)) {
         Ok(object) => object,
         Err(error) => {

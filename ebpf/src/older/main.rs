@@ -33,6 +33,8 @@ mod outbound;
 mod peers;
 #[path = "../program.rs"]
 mod program;
+#[path = "../share.rs"]
+mod share;
 #[path = "../slots.rs"]
 mod slots;
 #[path = "../socket.rs"]

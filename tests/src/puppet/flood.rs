@@ -48,6 +48,16 @@ pub struct Audited {
     pub silent: u32,
 }
 
+impl Audited {
+    pub(super) fn add(&mut self, other: Self) {
+        self.accepted += other.accepted;
+        self.right += other.right;
+        self.wrong += other.wrong;
+        self.unanswered += other.unanswered;
+        self.silent += other.silent;
+    }
+}
+
 /// Where connection `number` of a flood goes: all of them are different.
 fn destination(number: u32) -> SocketAddrV4 {
     let [_, high, middle, low] = number.to_be_bytes();
@@ -84,10 +94,17 @@ pub(super) fn flood(connections: u32, threads: u32) -> Flooded {
 }
 
 fn one(number: u32) -> io::Result<()> {
+    connect(number).map(drop)
+}
+
+/// Connection `number`, which has said where it wants to go.
+pub(super) fn connect(number: u32) -> io::Result<TcpStream> {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(WAIT))?;
     rustix::net::connect(&socket, &destination(number))?;
-    TcpStream::from(socket).write_all(&number.to_be_bytes())
+    let mut stream = TcpStream::from(socket);
+    stream.write_all(&number.to_be_bytes())?;
+    Ok(stream)
 }
 
 /// A companion in the background.
@@ -166,23 +183,18 @@ fn audit(
             thread::sleep(Duration::from_millis(5).min(stall));
         }
         let mut own = Audited::default();
-        for stream in held.drain(..) {
+        for mut stream in held.drain(..) {
             own.accepted += 1;
             if asks {
-                compare(stream, &mut own);
+                compare(&mut stream, &mut own);
             }
         }
-        let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.accepted += own.accepted;
-        seen.right += own.right;
-        seen.wrong += own.wrong;
-        seen.unanswered += own.unanswered;
-        seen.silent += own.silent;
+        seen.lock().unwrap_or_else(PoisonError::into_inner).add(own);
     }
 }
 
-fn compare(mut stream: TcpStream, seen: &mut Audited) {
-    let answer = sockopt::ip_original_dst(&stream);
+pub(super) fn compare(stream: &mut TcpStream, seen: &mut Audited) {
+    let answer = sockopt::ip_original_dst(&*stream);
     let mut number = [0; 4];
     let told = stream
         .set_nonblocking(false)

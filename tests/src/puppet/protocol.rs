@@ -62,6 +62,10 @@ pub enum Request {
     Audit { address: SocketAddr, threads: u32, batch: u32, stall_ms: u32, asks: bool },
     AuditSeen,
     AuditStop,
+    HoldOpen { connections: u32 },
+    HoldAccepted { address: SocketAddr },
+    HeldSeen,
+    LetGo,
 }
 
 /// The reply to a request.

@@ -17,6 +17,7 @@ use rustix::{
 
 use super::{
     flood::{self, Audit},
+    hold::{self, Keeper},
     protocol::{Domain, Exchanged, Names, Outcome, Request, Socket, Value},
 };
 
@@ -52,6 +53,8 @@ struct Stage {
     sockets: BTreeMap<Socket, OwnedFd>,
     last: u32,
     audit: Option<Audit>,
+    held: Vec<TcpStream>,
+    keeper: Option<Keeper>,
 }
 
 impl Stage {
@@ -144,6 +147,24 @@ impl Stage {
             Request::AuditStop => {
                 let audit = self.audit.take().ok_or(rustix::io::Errno::NOENT)?;
                 return Ok(Value::Audited(audit.stop()));
+            }
+            Request::HoldOpen { connections } => {
+                let (held, told) = hold::open(connections)?;
+                self.held.extend(held);
+                return Ok(Value::Flooded(told));
+            }
+            Request::HoldAccepted { address } => {
+                let (keeper, address) = Keeper::start(address)?;
+                self.keeper = Some(keeper);
+                return Ok(Value::Address(address));
+            }
+            Request::HeldSeen => {
+                let keeper = self.keeper.as_ref().ok_or(rustix::io::Errno::NOENT)?;
+                return Ok(Value::Audited(keeper.seen()));
+            }
+            Request::LetGo => {
+                self.held.clear();
+                return Ok(Value::Audited(self.keeper.take().map(Keeper::stop).unwrap_or_default()));
             }
             Request::Exchange { address, connections, bytes } => {
                 return Ok(Value::Exchanged(exchange(address, connections, bytes)));

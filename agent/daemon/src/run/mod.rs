@@ -251,7 +251,8 @@ impl Stage {
 
     async fn node(&self, scene: &mut Scene, plan: &Plan) -> anyhow::Result<Arc<Node>> {
         let executables = !plan.redirect.exclude.executables.is_empty();
-        let options = LoadOptions { executables, ..LoadOptions::new(self.instance.pin_root()) };
+        let options =
+            LoadOptions { executables, ..LoadOptions::new(self.instance.pin_root()).for_one_workload() };
         let dataplane = tokio::task::spawn_blocking(move || Dataplane::load(&options))
             .await?
             .context("redirection cannot be loaded; `pillion check` says what is missing")?;
