@@ -1,5 +1,5 @@
 //! What redirection costs, against dialling the companion oneself, not having one, and iptables REDIRECT; what the embedded
-//! relay costs (`relay`); and what gates catch and cost (`gate`).
+//! relay costs (`relay`); whether that grows with rules and workloads (`rules`); and what gates catch and cost (`gate`).
 //!
 //! Owns the measurement of redirection: `stage` sets namespaces, cgroups, data plane and rules up, `peers` are the processes that
 //! talk, `report` turns samples into figures. Everything runs on one CPU; the modes take turns within every round, so
@@ -11,6 +11,7 @@ mod gate;
 mod peers;
 mod relay;
 mod report;
+mod rules;
 mod stage;
 mod stations;
 
@@ -27,6 +28,8 @@ use stage::{MODES, Mode, Stage};
 enum Kind {
     /// connect, one byte there and back, close: nanoseconds.
     Connection,
+    /// connect and close, without the byte there and back between them: nanoseconds.
+    Connect,
     /// 64 bytes there and back on an open connection: nanoseconds.
     Message64,
     /// 16 KiB there and back on an open connection: nanoseconds.
@@ -58,12 +61,15 @@ pub fn main() -> Result<()> {
     match words[..] {
         ["redirect", output, rounds] => redirect(Path::new(output), rounds.parse().context("rounds")?),
         ["relay", output, rounds] => relay::run(Path::new(output), rounds.parse().context("rounds")?),
+        ["rules", output, rounds] => rules::run(Path::new(output), rounds.parse().context("rounds")?),
         ["gate", output, share, ref only @ ..] => {
             gate::run(Path::new(output), share.parse().context("share")?, only)
         }
         ["serve", ref addresses @ ..] => peers::serve(addresses),
         ["measure"] => peers::measure(),
-        _ => bail!("usage: pillion-bench redirect|relay OUTPUT.json ROUNDS | gate OUTPUT.json SHARE [GATE…]"),
+        _ => bail!(
+            "usage: pillion-bench redirect|relay|rules OUTPUT.json ROUNDS | gate OUTPUT.json SHARE [GATE…]"
+        ),
     }
 }
 

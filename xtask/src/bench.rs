@@ -30,6 +30,8 @@ enum What {
     Redirect,
     /// The same through the embedded relay, against no companion.
     Relay,
+    /// Connections with one rule and with thousands, and with one workload attached and a thousand.
+    Rules,
     /// Starts of workloads at each gate: what is caught, and how long it takes. An error when anything was missed.
     Gate,
 }
@@ -55,8 +57,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut bench = shell::as_root(target.join("release/pillion-bench"), &[])?;
     bench.current_dir(shell::checkout());
     let output = match options.what {
-        What::Redirect | What::Relay => {
-            let name = if options.what == What::Relay { "relay" } else { "redirect" };
+        What::Redirect | What::Relay | What::Rules => {
+            let name = match options.what {
+                What::Relay => "relay",
+                What::Rules => "rules",
+                What::Redirect | What::Gate => "redirect",
+            };
             let output = output.join(name).with_extension("json");
             bench.arg(name).arg(&output).arg(options.rounds.to_string());
             output

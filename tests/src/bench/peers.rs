@@ -98,6 +98,7 @@ pub(super) fn measure() -> Result<()> {
         let order: Order = serde_json::from_str(&line?)?;
         let samples = match order.kind {
             Kind::Connection => connections(&order),
+            Kind::Connect => connects(&order),
             Kind::Message64 => messages(&order, 64),
             Kind::Message16K => messages(&order, 16 * 1024),
             Kind::Stream => stream(&order),
@@ -124,6 +125,21 @@ fn connections(order: &Order) -> io::Result<Vec<u64>> {
         stream.read_exact(&mut [0])?;
         drop(stream);
         samples.push(nanoseconds(begun));
+    }
+    Ok(samples)
+}
+
+fn connects(order: &Order) -> io::Result<Vec<u64>> {
+    let mut samples = Vec::new();
+    for _ in 0..order.batch {
+        let begun = Instant::now();
+        let mut stream = TcpStream::connect(order.destination)?;
+        let connected = nanoseconds(begun);
+        stream.write_all(&[ECHO])?;
+        stream.read_exact(&mut [0])?;
+        let begun = Instant::now();
+        drop(stream);
+        samples.push(connected + nanoseconds(begun));
     }
     Ok(samples)
 }

@@ -133,12 +133,12 @@ impl fmt::Display for Report {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "times of less than a week")]
-fn to_float(nanoseconds: u64) -> f64 {
+pub(super) fn to_float(nanoseconds: u64) -> f64 {
     nanoseconds as f64
 }
 
 /// First quartile, median and third quartile by the nearest rank; zeroes of nothing.
-fn quartiles(values: impl IntoIterator<Item = f64>) -> [f64; 3] {
+pub(super) fn quartiles(values: impl IntoIterator<Item = f64>) -> [f64; 3] {
     let mut sorted: Vec<f64> = values.into_iter().collect();
     sorted.sort_by(f64::total_cmp);
     [1, 2, 3].map(|quarter| {

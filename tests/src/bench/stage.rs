@@ -89,6 +89,16 @@ impl Peer {
         self.carry_out(&Order { kind, destination: server(v6)?, batch })
     }
 
+    /// As many samples of connect() and close().
+    pub(super) fn dial(&mut self, destination: SocketAddr, batch: u32) -> Result<Vec<u64>> {
+        self.carry_out(&Order { kind: Kind::Connect, destination, batch })
+    }
+
+    /// Its pid.
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     fn carry_out(&mut self, order: &Order) -> Result<Vec<u64>> {
         let mut line = serde_json::to_string(order)?;
         line.push('\n');
