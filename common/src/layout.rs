@@ -350,10 +350,12 @@ pub struct InboundRule {
     pub flags: u32,
 }
 
-/// What one workload has of what all of them share; the key is its number.
+/// What one workload has of what all of them share; the index is its number modulo [`WORKLOADS`](crate::WORKLOADS).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Share {
+    /// Number of the workload; 0 if it is nobody's.
+    pub owner: u64,
     /// By [`Share::SLOTS`] and the others.
     pub taken: [u64; 4],
 }
@@ -485,7 +487,7 @@ const _: () = {
     assert!(size_of::<Network6>() == 20);
     assert!(size_of::<ListenerKey>() == 8);
     assert!(size_of::<InboundRule>() == 8);
-    assert!(size_of::<Share>() == 32);
+    assert!(size_of::<Share>() == 40);
 };
 
 #[cfg(feature = "user")]

@@ -30,5 +30,8 @@ pub use slot::{GENERATION_BITS, PEER_IDLE, SLOT_BITS, SLOTS, Slot, SlotAddress, 
 /// Version of everything in this crate; part of every pin's path.
 pub const LAYOUT_VERSION: u32 = 2;
 
+/// How many workloads are counted by what they have of what all share: as many as can be attached at once.
+pub const WORKLOADS: u32 = 16_384;
+
 /// How many redirected connections may be open at once, for all workloads together.
 pub const CONNECTIONS: u32 = 262_144;

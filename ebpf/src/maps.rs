@@ -10,7 +10,7 @@ use aya_ebpf::{
 use pillion_common::{
     BoundKey, BySource, BySourceKey, CONNECTIONS, CompanionConfig, Counter, ExecutableKey, ExemptKey,
     HeardKey, InboundRule, ListenerKey, Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route,
-    RouteKey, SLOTS, Share, Slot, UserKey, WorkloadConfig,
+    RouteKey, SLOTS, Share, Slot, UserKey, WORKLOADS, WorkloadConfig,
 };
 
 /// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made.
@@ -74,9 +74,10 @@ pub static PL_BY_SOURCE: HashMap<BySourceKey, BySource, { CONNECTIONS as usize }
 #[btf_map]
 pub static PL_REDIRECTED: HashMap<u64, Redirected, { CONNECTIONS as usize }, NO_PREALLOC> = HashMap::new();
 
-/// What each workload has of what all share, by its number. The agent makes and removes the entries.
+/// What each workload has of what all share, by its number modulo their count. The agent says whose each is. An array and
+/// no hash, because a connection looks here six times.
 #[btf_map]
-pub static PL_SHARES: HashMap<u32, Share, 65536, NO_PREALLOC> = HashMap::new();
+pub static PL_SHARES: Array<Share, { WORKLOADS as usize }> = Array::new();
 
 /// The class of destinations, by IPv4 network.
 #[btf_map]

@@ -2,12 +2,12 @@
 //! long before the others have to.
 //!
 //! A share is counted where a thing is taken and where it is given back, each by whoever does it, so it is exact but for
-//! takers on several CPUs at the same instant, who may pass the bound by one each. Without an entry, which only a workload
-//! that was detached lacks, nothing is counted.
+//! takers on several CPUs at the same instant, who may pass the bound by one each. For a workload that is nobody any more
+//! nothing is counted.
 
 use core::ptr::NonNull;
 
-use pillion_common::{BySource, BySourceKey, Counter, Redirected, Share};
+use pillion_common::{BySource, BySourceKey, Counter, Redirected, Share, WORKLOADS};
 
 use crate::{
     atomic,
@@ -60,7 +60,11 @@ extern "C" fn share_give(workload: u32, part: u32) -> u32 {
 
 #[inline(always)]
 fn place(workload: u32, part: u32) -> Option<NonNull<u64>> {
-    let share = PL_SHARES.get_ptr_mut(workload)?;
+    let share = PL_SHARES.get_ptr_mut(workload % WORKLOADS)?;
+    // SAFETY: a map value that the lookup has returned.
+    if unsafe { (*share).owner } != u64::from(workload) {
+        return None;
+    }
     // SAFETY: a map value that the lookup has returned, and one of its four elements.
     NonNull::new(unsafe { (&raw mut (*share).taken).cast::<u64>().add((part & 3) as usize) })
 }

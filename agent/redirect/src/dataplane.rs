@@ -22,7 +22,7 @@ use nix::time::{ClockId, clock_gettime};
 use pillion_common::{
     BySource, BySourceKey, CONNECTIONS, CompanionConfig, Counter, ExecutableKey, ExemptKey, InboundRule,
     LAYOUT_VERSION, ListenerKey, Network4, Network6, PEER_IDLE, PeerKey, PeerSlot, PortKey, Redirected,
-    Route, RouteKey, SLOTS, Share, Slot, UserKey, WorkloadConfig, tag,
+    Route, RouteKey, SLOTS, Share, Slot, UserKey, WORKLOADS, WorkloadConfig, tag,
 };
 use pillion_workload::CgroupId;
 
@@ -112,7 +112,7 @@ pub(crate) struct Maps {
     fresh: Array<MapData, u64>,
     by_source: HashMap<MapData, BySourceKey, BySource>,
     redirected: HashMap<MapData, u64, Redirected>,
-    shares: HashMap<MapData, u32, Share>,
+    shares: Array<MapData, Share>,
     peers: Array<MapData, Slot>,
     peer_of: HashMap<MapData, PeerKey, PeerSlot>,
     networks4: LpmTrie<MapData, Network4, u32>,
@@ -262,7 +262,12 @@ impl Dataplane {
     }
 
     pub(crate) fn take_number(&self) -> u32 {
-        self.next_number.fetch_add(1, Ordering::Relaxed)
+        let maps = self.maps();
+        // One whose place in the shares is free.
+        let free =
+            |number: &u32| maps.shares.get(&(number % WORKLOADS), 0).is_ok_and(|share| share.owner == 0);
+        let next = || self.next_number.fetch_add(1, Ordering::Relaxed);
+        (0..WORKLOADS).map(|_| next()).find(free).unwrap_or_else(next)
     }
 
     /// An instance of the inbound program: a ready one, or for `number` if that is given, or a new one.
@@ -357,7 +362,7 @@ impl Maps {
     /// Forgets the connections of a workload whose programs are detached and will not do it.
     pub(crate) fn forget_connections(&mut self, workload: u32) -> Result<(), RedirectError> {
         // A walk looks at the entries of all workloads, which may be many: where this one has none, there is none.
-        let share = self.shares.get(&workload, 0).ok();
+        let share = self.share(workload);
         let has = |part: usize| share.is_none_or(|share| share.taken[part] != 0);
         let mut cookies = Vec::new();
         if has(Share::CONNECTIONS) {
@@ -382,7 +387,7 @@ impl Maps {
         for peer in peers {
             self.forget_peer(&peer)?;
         }
-        absent_is_fine(self.shares.remove(&workload), "PL_SHARES")
+        self.end_share(workload)
     }
 
     /// Forgets a destination of datagrams, and gives back what stands for it.
@@ -398,18 +403,30 @@ impl Maps {
         absent_is_fine(self.peer_of.remove(key), "PL_PEER_OF")
     }
 
-    /// Begins to count what a workload has, unless that is counted already.
+    /// Begins to count what a workload has, unless that is counted already. Where another one has its place, which
+    /// [`Dataplane::take_number`] avoids, it is not counted, and has no bound of its own.
     pub(crate) fn begin_share(&mut self, workload: u32) -> Result<(), RedirectError> {
-        const BPF_NOEXIST: u64 = 1;
-        match self.shares.insert(workload, Share::default(), BPF_NOEXIST) {
-            Err(_) if self.shares.get(&workload, 0).is_ok() => Ok(()),
-            result => result.map_err(RedirectError::map("PL_SHARES")),
+        let place = workload % WORKLOADS;
+        let known = self.shares.get(&place, 0).map_err(RedirectError::map("PL_SHARES"))?;
+        if known.owner != 0 {
+            return Ok(());
         }
+        let share = Share { owner: workload.into(), ..Share::default() };
+        self.shares.set(place, share, 0).map_err(RedirectError::map("PL_SHARES"))
     }
 
-    /// What a workload has of what all of them share.
-    pub(crate) fn share(&self, workload: u32) -> Result<Share, RedirectError> {
-        self.shares.get(&workload, 0).map_err(RedirectError::map("PL_SHARES"))
+    fn end_share(&mut self, workload: u32) -> Result<(), RedirectError> {
+        if self.share(workload).is_some() {
+            let nobody = Share::default();
+            self.shares.set(workload % WORKLOADS, nobody, 0).map_err(RedirectError::map("PL_SHARES"))?;
+        }
+        Ok(())
+    }
+
+    /// What a workload has of what all of them share, if that is counted.
+    pub(crate) fn share(&self, workload: u32) -> Option<Share> {
+        let share = self.shares.get(&(workload % WORKLOADS), 0).ok()?;
+        (share.owner == u64::from(workload)).then_some(share)
     }
 
     /// Forgets every workload but these.
@@ -435,7 +452,8 @@ impl Maps {
         // A companion keeps answers longer than the application its socket.
         let kept = self.by_source.iter().flatten().map(|(_, answer)| answer.workload);
         let peers = self.peer_of.keys().flatten().map(|key| key.workload);
-        let shares = self.shares.keys().flatten();
+        let owners = self.shares.iter().flatten().filter_map(|share| u32::try_from(share.owner).ok());
+        let shares = owners.filter(|owner| *owner != 0);
         let gone: BTreeSet<u32> =
             redirected.chain(kept).chain(peers).chain(shares).filter(|workload| strange(*workload)).collect();
         gone.into_iter().try_for_each(|workload| self.forget_connections(workload))

@@ -353,8 +353,8 @@ impl RedirectGuard {
         Ok(())
     }
 
-    /// What the workload has of what all of them share.
-    pub fn share(&self) -> Result<Share, RedirectError> {
+    /// What the workload has of what all of them share, if that is counted.
+    pub fn share(&self) -> Option<Share> {
         self.dataplane.maps().share(self.rules.config.workload)
     }
 
