@@ -1,4 +1,4 @@
-//! Whether a connection costs more with more rules, exclusions or attached workloads: connect() and close() of redirected
+//! Whether a connection costs more with more rules, exclusions or attached workloads: `connect()` and `close()` of redirected
 //! sockets, against dialling the companion oneself, and of a workload that no policy selects.
 //!
 //! Owns that measurement. Each case is a workload of its own with a companion of its own, all in one namespace and on one
