@@ -89,7 +89,7 @@ impl Peer {
         self.carry_out(&Order { kind, destination: server(v6)?, batch })
     }
 
-    /// As many samples of connect() and close().
+    /// As many samples of `connect()` and `close()`.
     pub(super) fn dial(&mut self, destination: SocketAddr, batch: u32) -> Result<Vec<u64>> {
         self.carry_out(&Order { kind: Kind::Connect, destination, batch })
     }

@@ -148,29 +148,37 @@ impl Stage {
                 let audit = self.audit.take().ok_or(rustix::io::Errno::NOENT)?;
                 return Ok(Value::Audited(audit.stop()));
             }
-            Request::HoldOpen { connections } => {
-                let (held, told) = hold::open(connections)?;
-                self.held.extend(held);
-                return Ok(Value::Flooded(told));
-            }
-            Request::HoldAccepted { address } => {
-                let (keeper, address) = Keeper::start(address)?;
-                self.keeper = Some(keeper);
-                return Ok(Value::Address(address));
-            }
-            Request::HeldSeen => {
-                let keeper = self.keeper.as_ref().ok_or(rustix::io::Errno::NOENT)?;
-                return Ok(Value::Audited(keeper.seen()));
-            }
-            Request::LetGo => {
-                self.held.clear();
-                return Ok(Value::Audited(self.keeper.take().map(Keeper::stop).unwrap_or_default()));
-            }
+            Request::HoldOpen { connections } => return self.hold_open(connections),
+            Request::HoldAccepted { address } => return self.hold_accepted(address),
+            Request::HeldSeen => return self.held_seen(),
+            Request::LetGo => return Ok(self.let_go()),
             Request::Exchange { address, connections, bytes } => {
                 return Ok(Value::Exchanged(exchange(address, connections, bytes)));
             }
         }
         Ok(Value::Unit(()))
+    }
+
+    fn hold_open(&mut self, connections: u32) -> io::Result<Value> {
+        let (held, told) = hold::open(connections)?;
+        self.held.extend(held);
+        Ok(Value::Flooded(told))
+    }
+
+    fn hold_accepted(&mut self, address: SocketAddr) -> io::Result<Value> {
+        let (keeper, address) = Keeper::start(address)?;
+        self.keeper = Some(keeper);
+        Ok(Value::Address(address))
+    }
+
+    fn held_seen(&self) -> io::Result<Value> {
+        let keeper = self.keeper.as_ref().ok_or(rustix::io::Errno::NOENT)?;
+        Ok(Value::Audited(keeper.seen()))
+    }
+
+    fn let_go(&mut self) -> Value {
+        self.held.clear();
+        Value::Audited(self.keeper.take().map(Keeper::stop).unwrap_or_default())
     }
 
     fn keep(&mut self, socket: OwnedFd) -> Value {
