@@ -64,10 +64,15 @@ impl CgroupGuard {
 
     /// A command whose process is inside before its program begins, so that all its sockets are.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", r#"echo $$ >"$0/cgroup.procs" && exec "$@""#]).arg(&self.path).arg(program);
-        command
+        command_in(&self.path, program)
     }
+}
+
+/// The same for a cgroup that is somebody else's.
+pub fn command_in(cgroup: &Path, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", r#"echo $$ >"$0/cgroup.procs" && exec "$@""#]).arg(cgroup).arg(program);
+    command
 }
 
 impl Drop for CgroupGuard {

@@ -14,6 +14,7 @@ pub mod containerd;
 pub mod crowd;
 pub mod demo;
 pub mod differ;
+pub mod dns;
 pub mod duo;
 pub mod echo;
 pub mod engines;

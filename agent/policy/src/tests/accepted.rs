@@ -71,6 +71,11 @@ fn the_other_examples_are_valid() {
     let haproxy = example("companions/haproxy/policy.yaml");
     let outbound = plan(&haproxy).redirect.outbound.first().expect("an outbound rule");
     assert_eq!(outbound.exclude.cidrs[1].to_string(), "::/0");
+    let dnsmasq = example("companions/dnsmasq/policy.yaml");
+    let redirect = &plan(&dnsmasq).redirect;
+    let dns = redirect.dns.as_ref().expect("questions to resolvers");
+    assert_eq!((dns.companion.as_str(), dns.port), ("dnsmasq", None));
+    assert!(redirect.outbound.is_empty() && redirect.inbound.is_empty());
 }
 
 #[test]
