@@ -13,7 +13,8 @@ pub const SOCK_DGRAM: u32 = 2;
 pub const IPPROTO_TCP: u32 = 6;
 pub const IPPROTO_UDP: u32 = 17;
 pub const IPPROTO_MPTCP: u32 = 262;
-/// `TCP_SYN_SENT`, `TCP_CLOSE` and `TCP_LISTEN` of net/tcp_states.h.
+/// `TCP_ESTABLISHED` (also of a UDP socket with a peer), `TCP_SYN_SENT`, `TCP_CLOSE` and `TCP_LISTEN` of net/tcp_states.h.
+pub const TCP_ESTABLISHED: u32 = 1;
 pub const TCP_SYN_SENT: u32 = 2;
 pub const TCP_CLOSE: u32 = 7;
 pub const TCP_LISTEN: u32 = 10;

@@ -23,8 +23,8 @@ use crate::{
     maps::{PL_BOUND, PL_COMPANIONS, PL_HEARD, PL_REDIRECTED, PL_WORKLOADS, count, kernel_has},
     peers, share, slots,
     socket::{
-        IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, cookie, listening, local, netns, read, socket_of, unmapped,
-        write,
+        IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, TCP_ESTABLISHED, cookie, listening, local, netns, read,
+        socket_of, unmapped, write,
     },
 };
 
@@ -216,9 +216,15 @@ fn asked(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, from: &Destination) -
     };
     if loopback {
         // SAFETY: copied at once, before any other operation on the map.
-        return unsafe { PL_REDIRECTED.get(cookie(ctx)) }
-            .filter(|redirected| redirected.flags & Redirected::DATAGRAMS != 0)
-            .map(|redirected| redirected.destination);
+        let (marks, destination) = unsafe { PL_REDIRECTED.get(cookie(ctx)) }
+            .map(|redirected| (redirected.flags, redirected.destination))?;
+        let sk = socket_of(ctx);
+        // A socket with a peer hears nobody else; to one without, others on loopback may send as well.
+        let answered = marks & Redirected::DATAGRAMS != 0
+            && !sk.is_null()
+            && (read!((*sk).state) == TCP_ESTABLISHED
+                || listening(config.workload, u16::from_be(from.port_be), from.family, UDP));
+        return answered.then_some(destination);
     }
     if config.flags & flags::ANSWERS != 0 {
         let key = heard(ctx, from);

@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use nix::errno::Errno;
 use pillion_tests::{
-    PillionRun, Puppet,
+    PillionRun, Place, Puppet,
     dns::{
         ABSENT, FAR, FAR_SAYS, FORWARDED, FORWARDED_IS, LONG, MEDIUM, ONLY, ONLY_IS, Stage, addresses,
         expected, question,
@@ -189,6 +189,46 @@ fn one_socket_asks_several_resolvers_and_each_answers() -> Result<()> {
         run.app.close(socket)??;
         let counters = run.counters()?;
         assert_eq!((counters.slots_busy, counters.by_source, counters.connections), (0, 0, 0));
+        finish(run)
+    })
+}
+
+#[test]
+fn what_others_send_on_loopback_is_not_taken_for_an_answer() -> Result<()> {
+    on_machine(|machine| {
+        let stage = Stage::new(machine)?;
+        let mut run = stage.run(&[])?;
+        let mut neighbour = Puppet::start(Place { netns: Some(&stage.near), cgroup: None })?;
+        for (domain, resolver, loopback, connected) in [
+            (Domain::V6, ABSENT[1], "::1", false),
+            (Domain::V4, ABSENT[0], "127.0.0.1", false),
+            (Domain::V4, ABSENT[0], "127.0.0.1", true),
+        ] {
+            let socket = run.app.datagrams(domain)??;
+            let question = question("ab", ONLY);
+            if connected {
+                run.app.connect(socket, to(resolver)?)??;
+                run.app.send(socket, &question)??;
+            } else {
+                run.app.send_to(socket, to(resolver)?, &question)??;
+            }
+            assert_eq!(run.app.receive_from(socket)??.1, to(resolver)?);
+            if connected {
+                run.app.disconnect(socket)??;
+                run.app.send_to(socket, to(resolver)?, &question)??;
+                assert_eq!(run.app.receive_from(socket)??.1, to(resolver)?);
+            }
+            let other = neighbour.datagrams(domain)??;
+            neighbour.bind(other, SocketAddr::new(loopback.parse()?, 0))??;
+            let from = neighbour.names(other)??.local;
+            let port = run.app.names(socket)??.local.port();
+            neighbour.send_to(other, SocketAddr::new(loopback.parse()?, port), "hello")??;
+            assert_eq!(run.app.receive_from(socket)??, ("hello".to_owned(), from), "{domain:?}, {connected}");
+            run.app.send_to(socket, from, "and back")??;
+            assert_eq!(neighbour.receive_from(other)??.0, "and back");
+            run.app.close(socket)??;
+        }
+        drop(neighbour);
         finish(run)
     })
 }
