@@ -35,6 +35,8 @@ pub mod flags {
     pub const DATAGRAMS: u32 = 1 << 8;
     /// Datagrams of any kind are redirected: who sends to the workload is remembered, so that its answers pass.
     pub const ANSWERS: u32 = 1 << 9;
+    /// Decisions are told, as far as the workload's entry in the map of those that are traced says.
+    pub const TRACED: u32 = 1 << 10;
 }
 
 /// Where the connections go that a rule matches. All zero: they pass.
@@ -156,6 +158,8 @@ impl Redirected {
     pub const UNASKED: u32 = 1 << 2;
     /// A datagram socket.
     pub const DATAGRAMS: u32 = 1 << 3;
+    /// Nothing was free to carry the destination: why it was not redirected, for a trace.
+    pub const EXHAUSTED: u32 = 1 << 4;
 }
 
 /// Key of a destination that is found by the source of the connection.
@@ -346,7 +350,7 @@ pub struct InboundRule {
     pub companion_port: u16,
     /// Padding.
     pub pad: u16,
-    /// [`flags::FAIL_CLOSED`] or 0.
+    /// [`flags::FAIL_CLOSED`] and [`flags::TRACED`].
     pub flags: u32,
 }
 
@@ -535,4 +539,8 @@ mod pod {
     unsafe impl aya::Pod for super::HeldProcess {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::ExecEvent {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::trace::Traced {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for crate::trace::TraceState {}
 }

@@ -17,6 +17,7 @@ pub mod hook;
 pub mod kernel;
 mod layout;
 mod slot;
+pub mod trace;
 
 pub use layout::{
     AF_INET, AF_INET6, BoundKey, BySource, BySourceKey, CompanionConfig, Counter, Destination, EXEC_BEAT,

@@ -3,7 +3,8 @@
 //! `decide` finds the rule for a destination (`program`: which program asks), `outbound` sends a workload's connections to
 //! its companion, `udp` its datagrams, `names` shows the application what it asked for,
 //! `companion` tells the companion where a connection wanted to go, `inbound` steers arriving connections, `slots` and
-//! `peers` carry destinations from one to the other, `exempt` tells whom a workload's programs leave alone, `share` counts what each has of what all share, `maps` declares all state. Nothing here trusts a workload or a
+//! `peers` carry destinations from one to the other, `exempt` tells whom a workload's programs leave alone, `share` counts
+//! what each has of what all share, `trace` tells of decisions, `maps` declares all state. Nothing here trusts a workload or a
 //! companion: whatever they do, the worst is that their own connections follow the failure mode.
 //!
 //! Program names begin with `pl_`, map names with `PL_`: the inventory finds them by that.
@@ -36,6 +37,7 @@ mod program;
 mod share;
 mod slots;
 mod socket;
+mod trace;
 mod udp;
 
 #[panic_handler]

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     Global,
     bindings::bpf_map_type::BPF_MAP_TYPE_CGROUP_STORAGE_DEPRECATED as CGROUP_STORAGE,
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SockHash},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, RingBuf, SockHash},
     helpers::generated::bpf_get_local_storage,
     macros::btf_map,
 };
@@ -11,6 +11,7 @@ use pillion_common::{
     BoundKey, BySource, BySourceKey, CONNECTIONS, CompanionConfig, Counter, ExecutableKey, ExemptKey,
     HeardKey, InboundRule, ListenerKey, Network4, Network6, PeerKey, PeerSlot, PortKey, Redirected, Route,
     RouteKey, SLOTS, Share, Slot, UserKey, WORKLOADS, WorkloadConfig,
+    trace::{TraceEvent, TraceState, Traced},
 };
 
 /// `BPF_F_NO_PREALLOC`: memory is taken when an entry is made.
@@ -119,6 +120,16 @@ pub static PL_LISTENERS: SockHash<ListenerKey, 16384> = SockHash::new();
 /// Redirected inbound ports.
 #[btf_map]
 pub static PL_INBOUND: HashMap<PortKey, InboundRule, 65536, NO_PREALLOC> = HashMap::new();
+
+/// Workloads that are traced, by number.
+#[btf_map]
+pub static PL_TRACED: HashMap<u32, Traced, 1024, NO_PREALLOC> = HashMap::new();
+/// What is kept for each of them.
+#[btf_map]
+pub static PL_TRACE_STATE: HashMap<u32, TraceState, 1024, NO_PREALLOC> = HashMap::new();
+/// Decisions about them, to the agent.
+#[btf_map]
+pub static PL_TRACE: RingBuf<TraceEvent, 262_144> = RingBuf::new();
 
 /// Indexed by [`Counter`].
 #[btf_map]

@@ -15,6 +15,7 @@ use aya_ebpf::{
 use pillion_common::{
     AF_INET, AF_INET6, Counter, Destination, Redirected, Route, SlotAddress, TCP, UDP, WorkloadConfig, flags,
     kernel,
+    trace::{program, why},
 };
 
 use crate::{
@@ -27,6 +28,7 @@ use crate::{
         IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, SOCK_DGRAM, SOCK_STREAM, TCP_CLOSE,
         TCP_SYN_SENT, cookie, is_mapped, listening, netns, read, socket_of, unmapped, write,
     },
+    trace::{self, Outcome},
 };
 
 const PASS: i32 = 1;
@@ -68,18 +70,34 @@ pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
     if protocol == 0 || sk.is_null() {
         return PASS;
     }
-    if is_exempt(config) {
-        return pass(ctx, config, false);
-    }
     let destination = Destination {
         address: [read!((*ctx).user_ip4), 0, 0, 0],
         port_be: read!((*ctx).user_port) as u16,
         family: AF_INET,
     };
     let mut state = begin(sk, destination, config.workload, protocol);
-    let Some(route) = decide(config, &state.destination, protocol) else { return pass(ctx, config, false) };
+    let outcome = to_companion4(ctx, sk, config, &mut state, protocol);
+    trace::sent(program::CONNECT4, config, &state, &outcome);
+    outcome.result
+}
+
+#[inline(always)]
+fn to_companion4(
+    ctx: *mut bpf_sock_addr,
+    sk: *mut bpf_sock,
+    config: &WorkloadConfig,
+    state: &mut Redirected,
+    protocol: u8,
+) -> Outcome {
+    if is_exempt(config) {
+        return Outcome::passed(why::CGROUP, pass(ctx, config, false));
+    }
+    let route = match decide(config, &state.destination, protocol) {
+        Ok(route) => route,
+        Err(why) => return Outcome::passed(why, pass(ctx, config, false)),
+    };
     if !listening(config.workload, route.companion_port, AF_INET, protocol) {
-        return fail(ctx, config, false, ECONNREFUSED);
+        return fail(ctx, config, false, route, ECONNREFUSED, why::NO_LISTENER);
     }
     let netns = netns(ctx, config.workload);
     state.bound[0] = read!((*sk).src_ip4);
@@ -88,17 +106,17 @@ pub fn pl_connect4(ctx: SockAddrContext) -> i32 {
         release_previous(ctx, netns);
     }
     let carried = if route.flags & Route::DNS != 0 {
-        unasked(&mut state);
+        unasked(state);
         true
     } else {
-        carry(ctx, &mut state, config, netns, false)
+        carry(ctx, state, config, netns, false)
     };
-    if !carried || !commit(ctx, &state, netns, false) {
-        return fail(ctx, config, false, EADDRNOTAVAIL);
+    if !carried || !commit(ctx, state, netns, false) {
+        return fail(ctx, config, false, route, EADDRNOTAVAIL, uncarried(state));
     }
     write!((*ctx).user_ip4, LOOPBACK4);
     write!((*ctx).user_port, u32::from(route.companion_port.to_be()));
-    PASS
+    Outcome::redirected(route, PASS)
 }
 
 #[cgroup_sock_addr(connect6)]
@@ -110,9 +128,6 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     if protocol == 0 || sk.is_null() {
         return PASS;
     }
-    if is_exempt(config) {
-        return pass(ctx, config, true);
-    }
     let (address, family) = unmapped([
         read!((*ctx).user_ip6[0]),
         read!((*ctx).user_ip6[1]),
@@ -121,14 +136,33 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     ]);
     let destination = Destination { address, port_be: read!((*ctx).user_port) as u16, family };
     let mut state = begin(sk, destination, config.workload, protocol);
-    let Some(route) = decide(config, &state.destination, protocol) else { return pass(ctx, config, true) };
-    let mapped = family == AF_INET;
+    let outcome = to_companion6(ctx, sk, config, &mut state, protocol);
+    trace::sent(program::CONNECT6, config, &state, &outcome);
+    outcome.result
+}
+
+#[inline(always)]
+fn to_companion6(
+    ctx: *mut bpf_sock_addr,
+    sk: *mut bpf_sock,
+    config: &WorkloadConfig,
+    state: &mut Redirected,
+    protocol: u8,
+) -> Outcome {
+    if is_exempt(config) {
+        return Outcome::passed(why::CGROUP, pass(ctx, config, true));
+    }
+    let route = match decide(config, &state.destination, protocol) {
+        Ok(route) => route,
+        Err(why) => return Outcome::passed(why, pass(ctx, config, true)),
+    };
+    let mapped = state.destination.family == AF_INET;
     // A link-local destination means nothing without its interface, which the companion could not be told.
     if !mapped
-        && address[0] & 0xffc0_0000_u32.to_be() == 0xfe80_0000_u32.to_be()
+        && state.destination.address[0] & 0xffc0_0000_u32.to_be() == 0xfe80_0000_u32.to_be()
         && route.flags & Route::DNS == 0
     {
-        return fail(ctx, config, true, ECONNREFUSED);
+        return fail(ctx, config, true, route, ECONNREFUSED, why::INTERFACE);
     }
     let port = route.companion_port;
     let by4 = listening(config.workload, port, AF_INET, protocol);
@@ -145,7 +179,7 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
     let dns = route.flags & Route::DNS != 0;
     let mut carried = by4 && !has_port && (bound_any || is_mapped(&bound)) && {
         if !dns {
-            carry(ctx, &mut state, config, netns, true)
+            carry(ctx, state, config, netns, true)
         } else if bound_any {
             // Refused by a socket for IPv6 alone.
             let free = bind_to(ctx, [0, 0, MAPPED, LOOPBACK4], 0, true);
@@ -160,19 +194,19 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
         state.flags |= Redirected::DIALLED6;
         refused = EADDRNOTAVAIL;
         let from = if bound_any { [0, 0, 0, ONE] } else { bound };
-        carried =
-            dns || (has_port || take_port(ctx, &mut state, from, true)) && carry_by_source(&state, netns);
+        carried = dns || (has_port || take_port(ctx, state, from, true)) && carry_by_source(state, netns);
         if bound_any && !has_port && !dns {
             state.flags |= Redirected::REBOUND;
         }
     } else if !carried && by4 && has_port && (bound_any || is_mapped(&bound)) {
-        carried = dns || carry_by_source(&state, netns);
+        carried = dns || carry_by_source(state, netns);
     }
     if dns {
-        unasked(&mut state);
+        unasked(state);
     }
-    if !carried || !commit(ctx, &state, netns, true) {
-        return fail(ctx, config, true, refused);
+    if !carried || !commit(ctx, state, netns, true) {
+        let why = if refused == ECONNREFUSED { why::NO_LISTENER } else { uncarried(state) };
+        return fail(ctx, config, true, route, refused, why);
     }
     write!((*ctx).user_ip6[0], 0);
     write!((*ctx).user_ip6[1], 0);
@@ -184,7 +218,7 @@ pub fn pl_connect6(ctx: SockAddrContext) -> i32 {
         write!((*ctx).user_ip6[3], ONE);
     }
     write!((*ctx).user_port, u32::from(port.to_be()));
-    PASS
+    Outcome::redirected(route, PASS)
 }
 
 /// close() of a workload's socket: gives the slot back when the connection never came about. After an established
@@ -298,7 +332,10 @@ fn carry(
             return carry_by_source(state, netns);
         }
     }
-    let Some(taken) = slots::take(netns, config.workload, &state.destination) else { return false };
+    let Some(taken) = slots::take(netns, config.workload, &state.destination) else {
+        state.flags |= Redirected::EXHAUSTED;
+        return false;
+    };
     let source = SlotAddress::encode(taken.slot, taken.generation).to_be();
     if bind_to(ctx, if v6 { [0, 0, MAPPED, source] } else { [source, 0, 0, 0] }, 0, v6) {
         // A socket that an earlier connect was bound for keeps what the application itself had bound: nothing.
@@ -348,8 +385,9 @@ fn bind_to(ctx: *mut bpf_sock_addr, address: [u32; 4], port_be: u16, v6: bool) -
 
 /// Records what the application is to see, and frees the socket from its interface: the companion is on loopback.
 #[inline(always)]
-fn commit(ctx: *mut bpf_sock_addr, state: &Redirected, netns: u64, v6: bool) -> bool {
+fn commit(ctx: *mut bpf_sock_addr, state: &mut Redirected, netns: u64, v6: bool) -> bool {
     if !share::keep(cookie(ctx), state) {
+        state.flags |= Redirected::EXHAUSTED;
         slots::abandon(state, netns);
         // Passed on, it would go out from a loopback address. What an earlier connect has left, `pass` undoes.
         if state.flags & Redirected::REBOUND != 0 {
@@ -412,15 +450,28 @@ fn unbind(ctx: *mut bpf_sock_addr, bound: [u32; 4], v6: bool) {
     bind_to(ctx, if v6 && bound4 { [0, 0, MAPPED, bound[0]] } else { bound }, 0, v6);
 }
 
+/// Why nothing carries the destination of a socket.
+#[inline(always)]
+fn uncarried(state: &Redirected) -> u8 {
+    if state.flags & Redirected::EXHAUSTED != 0 { why::EXHAUSTED } else { why::UNBINDABLE }
+}
+
 /// The failure mode: passes on, or refuses with `errno`.
 #[inline(always)]
-fn fail(ctx: *mut bpf_sock_addr, config: &WorkloadConfig, v6: bool, errno: i32) -> i32 {
+fn fail(
+    ctx: *mut bpf_sock_addr,
+    config: &WorkloadConfig,
+    v6: bool,
+    route: Route,
+    errno: i32,
+    why: u8,
+) -> Outcome {
     if config.flags & flags::FAIL_CLOSED == 0 {
         count(Counter::OutboundFailedOpen);
-        return pass(ctx, config, v6);
+        return Outcome::failed_open(route, why, pass(ctx, config, v6));
     }
     count(Counter::OutboundFailedClosed);
-    refuse(ctx, v6, errno)
+    Outcome::refused(route, why, errno, refuse(ctx, v6, errno))
 }
 
 /// Refuses with `errno`. Where a program cannot set the result (before Linux 5.18), which would be `EPERM`, the connection

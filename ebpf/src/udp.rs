@@ -15,6 +15,7 @@ use aya_ebpf::{
 use pillion_common::{
     AF_INET, AF_INET6, BoundKey, Counter, Destination, HeardKey, Redirected, Route, SlotAddress, UDP,
     WorkloadConfig, flags, kernel,
+    trace::{program, why},
 };
 
 use crate::{
@@ -26,6 +27,7 @@ use crate::{
         IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, TCP_ESTABLISHED, cookie, listening, local, netns, read,
         socket_of, unmapped, write,
     },
+    trace::{self, Outcome},
 };
 
 const PASS: i32 = 1;
@@ -38,7 +40,7 @@ pub fn pl_send4(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let config = PL_WORKLOADS.get();
     let sk = socket_of(ctx);
-    if !concerned(ctx, config) || sk.is_null() || is_exempt(config) {
+    if !concerned(ctx, config) || sk.is_null() {
         return PASS;
     }
     let destination = Destination {
@@ -46,32 +48,54 @@ pub fn pl_send4(ctx: SockAddrContext) -> i32 {
         port_be: read!((*ctx).user_port) as u16,
         family: AF_INET,
     };
-    let Some(route) = decide(config, &destination, UDP) else { return PASS };
-    if is_answer(ctx, &route, &destination) {
-        return PASS;
+    let outcome = to_companion4(ctx, sk, config, &destination);
+    told(program::SEND4, sk, config, &destination, &outcome);
+    outcome.result
+}
+
+#[inline(always)]
+fn to_companion4(
+    ctx: *mut bpf_sock_addr,
+    sk: *mut bpf_sock,
+    config: &WorkloadConfig,
+    destination: &Destination,
+) -> Outcome {
+    if is_exempt(config) {
+        return Outcome::passed(why::CGROUP, PASS);
+    }
+    let route = match decide(config, destination, UDP) {
+        Ok(route) => route,
+        Err(why) => return Outcome::passed(why, PASS),
+    };
+    if is_answer(ctx, &route, destination) {
+        return Outcome::passed(why::ANSWER, PASS);
     }
     // A socket that is bound to an interface does not reach loopback.
-    if read!((*sk).bound_dev_if) != 0 || !listening(config.workload, route.companion_port, AF_INET, UDP) {
-        return fail(config, ECONNREFUSED);
+    if read!((*sk).bound_dev_if) != 0 {
+        return fail(config, route, ECONNREFUSED, why::INTERFACE);
+    }
+    if !listening(config.workload, route.companion_port, AF_INET, UDP) {
+        return fail(config, route, ECONNREFUSED, why::NO_LISTENER);
     }
     let netns = netns(ctx, config.workload);
-    let Some(address) = peers::address_of(netns, config.workload, &destination) else {
-        return fail(config, EADDRNOTAVAIL);
+    let Some(address) = peers::address_of(netns, config.workload, destination) else {
+        return fail(config, route, EADDRNOTAVAIL, why::EXHAUSTED);
     };
-    let (bound, _) = local(sk);
-    if bound[0] != 0 {
+    // Of an IPv6 socket, too: it is bound to a v4-mapped address, or it could not send this.
+    let bound = read!((*sk).src_ip4);
+    if bound != 0 {
         let key = BoundKey { netns, address, port: read!((*sk).src_port) };
         // SAFETY: compared at once, before any other operation on the map.
-        let known = unsafe { PL_BOUND.get(key) }.is_some_and(|known| *known == bound[0]);
-        if !known && PL_BOUND.insert(key, bound[0], 0).is_err() {
-            return fail(config, EADDRNOTAVAIL);
+        let known = unsafe { PL_BOUND.get(key) }.is_some_and(|known| *known == bound);
+        if !known && PL_BOUND.insert(key, bound, 0).is_err() {
+            return fail(config, route, EADDRNOTAVAIL, why::EXHAUSTED);
         }
     }
     write!((*ctx).msg_src_ip4, address);
     write!((*ctx).user_ip4, LOOPBACK4);
     write!((*ctx).user_port, u32::from(route.companion_port.to_be()));
     count(Counter::DatagramsRedirected);
-    PASS
+    Outcome::redirected(route, PASS)
 }
 
 #[cgroup_sock_addr(sendmsg6)]
@@ -79,7 +103,7 @@ pub fn pl_send6(ctx: SockAddrContext) -> i32 {
     let ctx = ctx.sock_addr;
     let config = PL_WORKLOADS.get();
     let sk = socket_of(ctx);
-    if !concerned(ctx, config) || sk.is_null() || is_exempt(config) {
+    if !concerned(ctx, config) || sk.is_null() {
         return PASS;
     }
     let address = [
@@ -89,19 +113,39 @@ pub fn pl_send6(ctx: SockAddrContext) -> i32 {
         read!((*ctx).user_ip6[3]),
     ];
     let destination = Destination { address, port_be: read!((*ctx).user_port) as u16, family: AF_INET6 };
-    let Some(route) = decide(config, &destination, UDP) else { return PASS };
-    if is_answer(ctx, &route, &destination) {
-        return PASS;
+    let outcome = to_companion6(ctx, sk, config, &destination);
+    told(program::SEND6, sk, config, &destination, &outcome);
+    outcome.result
+}
+
+#[inline(always)]
+fn to_companion6(
+    ctx: *mut bpf_sock_addr,
+    sk: *mut bpf_sock,
+    config: &WorkloadConfig,
+    destination: &Destination,
+) -> Outcome {
+    if is_exempt(config) {
+        return Outcome::passed(why::CGROUP, PASS);
     }
-    let link_local = address[0] & 0xffc0_0000_u32.to_be() == 0xfe80_0000_u32.to_be();
-    if read!((*sk).bound_dev_if) != 0
-        || link_local && route.flags & Route::DNS == 0
-        || !listening(config.workload, route.companion_port, AF_INET6, UDP)
-    {
-        return fail(config, ECONNREFUSED);
+    let route = match decide(config, destination, UDP) {
+        Ok(route) => route,
+        Err(why) => return Outcome::passed(why, PASS),
+    };
+    if is_answer(ctx, &route, destination) {
+        return Outcome::passed(why::ANSWER, PASS);
     }
-    if !remember(ctx, sk, config, &destination, route.flags & Route::DNS != 0) {
-        return fail(config, EADDRNOTAVAIL);
+    let dns = route.flags & Route::DNS != 0;
+    let link_local = destination.address[0] & 0xffc0_0000_u32.to_be() == 0xfe80_0000_u32.to_be();
+    if read!((*sk).bound_dev_if) != 0 || link_local && !dns {
+        return fail(config, route, ECONNREFUSED, why::INTERFACE);
+    }
+    if !listening(config.workload, route.companion_port, AF_INET6, UDP) {
+        return fail(config, route, ECONNREFUSED, why::NO_LISTENER);
+    }
+    let why = remember(ctx, sk, config, destination, dns);
+    if why != why::NOTHING {
+        return fail(config, route, EADDRNOTAVAIL, why);
     }
     write!((*ctx).user_ip6[0], 0);
     write!((*ctx).user_ip6[1], 0);
@@ -109,10 +153,11 @@ pub fn pl_send6(ctx: SockAddrContext) -> i32 {
     write!((*ctx).user_ip6[3], ONE);
     write!((*ctx).user_port, u32::from(route.companion_port.to_be()));
     count(Counter::DatagramsRedirected);
-    PASS
+    Outcome::redirected(route, PASS)
 }
 
-/// Keeps the destination of an IPv6 socket without a peer, for its answers and for the companion's question.
+/// Keeps the destination of an IPv6 socket without a peer, for its answers and for the companion's question; tells why it
+/// cannot.
 #[inline(always)]
 fn remember(
     ctx: *mut bpf_sock_addr,
@@ -120,15 +165,15 @@ fn remember(
     config: &WorkloadConfig,
     destination: &Destination,
     dns: bool,
-) -> bool {
+) -> u8 {
     let cookie = cookie(ctx);
     // SAFETY: compared at once; another thread's datagram may change it in between, as if it had been sent later.
     if let Some(known) = unsafe { PL_REDIRECTED.get(cookie) } {
         if known.destination == *destination {
-            return true;
+            return why::NOTHING;
         }
         if !dns || known.flags & Redirected::UNASKED == 0 {
-            return false;
+            return why::OTHER_DESTINATION;
         }
     }
     let state = Redirected {
@@ -148,14 +193,50 @@ fn remember(
     };
     if !dns {
         if !slots::keep_of_socket(&state, netns(ctx, config.workload)) {
-            return false;
+            return why::UNBINDABLE;
         }
     }
     let kept = share::keep(cookie, &state);
     if !kept && !dns {
         slots::abandon(&state, netns(ctx, config.workload));
     }
-    kept
+    if kept { why::NOTHING } else { why::EXHAUSTED }
+}
+
+/// Tells of a datagram, if the workload is traced.
+#[inline(always)]
+fn told(
+    program: u8,
+    sk: *mut bpf_sock,
+    config: &WorkloadConfig,
+    destination: &Destination,
+    outcome: &Outcome,
+) {
+    if !trace::TELLS || config.flags & flags::TRACED == 0 {
+        return;
+    }
+    let dialled6 = if program == program::SEND6 { Redirected::DIALLED6 } else { 0 };
+    let socket = Redirected {
+        destination: *destination,
+        slot: Redirected::NO_SLOT,
+        generation: 0,
+        // Each by its own instruction: one at an offset that is chosen at run time is refused.
+        bound: if program == program::SEND6 {
+            [
+                read!((*sk).src_ip6[0]),
+                read!((*sk).src_ip6[1]),
+                read!((*sk).src_ip6[2]),
+                read!((*sk).src_ip6[3]),
+            ]
+        } else {
+            [read!((*sk).src_ip4), 0, 0, 0]
+        },
+        flags: Redirected::DATAGRAMS | dialled6,
+        interface: 0,
+        source_port: read!((*sk).src_port),
+        workload: config.workload,
+    };
+    trace::sent(program, config, &socket, outcome);
 }
 
 #[cgroup_sock_addr(recvmsg4)]
@@ -279,15 +360,15 @@ fn concerned(ctx: *mut bpf_sock_addr, config: &WorkloadConfig) -> bool {
 
 /// The failure mode: passes on, or refuses with `errno`; before Linux 5.18 with `EPERM`.
 #[inline(always)]
-fn fail(config: &WorkloadConfig, errno: i32) -> i32 {
+fn fail(config: &WorkloadConfig, route: Route, errno: i32, why: u8) -> Outcome {
     if config.flags & flags::FAIL_CLOSED == 0 {
         count(Counter::OutboundFailedOpen);
-        return PASS;
+        return Outcome::failed_open(route, why, PASS);
     }
     count(Counter::OutboundFailedClosed);
     if kernel_has(kernel::RESULTS) {
         // SAFETY: sets the result of the system call.
         unsafe { bpf_set_retval(-errno) };
     }
-    DENY
+    Outcome::refused(route, why, errno, DENY)
 }

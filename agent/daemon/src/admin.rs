@@ -3,7 +3,7 @@
 //! Owns the socket file, deadlines and status codes. Who may speak is decided by the socket's mode (0660, in a
 //! directory of root's). Never holds state: every answer comes from the controller.
 
-use std::{convert::Infallible, fs, io, path::Path, sync::Arc, time::Duration};
+use std::{convert::Infallible, fs, io, num::NonZeroU32, path::Path, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -16,7 +16,8 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use pillion_redirect::Dataplane;
+use pillion_attachment::chain;
+use pillion_redirect::{Dataplane, RedirectError, TraceSettings};
 use pillion_workload::WorkloadId;
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, de::DeserializeOwned};
@@ -25,18 +26,24 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
 };
-use tokio_stream::{StreamExt, wrappers::BroadcastStream};
+use tokio_stream::{
+    StreamExt,
+    wrappers::{BroadcastStream, ReceiverStream},
+};
 
 use crate::{
     api::{
-        ErrorResponse, ExplainRequest, ExplainResponse, OverrideRequest, ReloadResponse, StatusResponse,
-        WorkloadDetail, WorkloadSummary, WorkloadsResponse, path,
+        ConnectionsRequest, ConnectionsResponse, ErrorResponse, ExplainRequest, ExplainResponse,
+        OverrideRequest, ReloadResponse, StatusResponse, WorkloadDetail, WorkloadSummary, WorkloadsResponse,
+        path,
     },
     conflicts,
-    controller::{Override, OverrideRefused, Pulse, Request},
+    connection::{self, Connection},
+    controller::{InForce, Override, OverrideRefused, Pulse, Request},
     http::Listener,
     metrics::{self, Metrics},
     policy_watch::LoadNow,
+    trace,
 };
 
 /// The controller answers at once, unless it hangs.
@@ -47,6 +54,10 @@ const RELOAD_LIMIT: Duration = Duration::from_secs(20);
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 const LONGEST_WAIT: Duration = Duration::from_secs(300);
 const MAX_BODY_BYTES: usize = 256 * 1024;
+const MOST_CONNECTIONS: usize = 64;
+/// A ring buffer that is read twenty times a second holds no more.
+const HIGHEST_RATE: NonZeroU32 = NonZeroU32::new(10_000).expect("not zero");
+const LONGEST_TRACE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What handlers need.
 #[derive(Clone)]
@@ -82,6 +93,8 @@ pub(crate) fn api(admin: Admin) -> Router {
         .route(path::DETACH, post(detach))
         .route(path::RELOAD, post(reload))
         .route(path::EXPLAIN, post(explain))
+        .route(path::CONNECTIONS, post(connections))
+        .route(path::TRACE, get(trace_workload))
         .fallback(|| async { Refusal::new(StatusCode::NOT_FOUND, "there is no such path") })
         .method_not_allowed_fallback(|| async {
             Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "this path has another method")
@@ -193,6 +206,80 @@ async fn explain(State(admin): State<Admin>, body: RequestBody) -> Result<Json<E
         ExplainRequest::Subject(_) => Refusal::silent(),
     };
     admin.ask(|reply| Request::Explain(request, reply)).await?.map(Json).ok_or(unknown)
+}
+
+/// What is in force for a workload, and what the kernel's tables say.
+async fn connections(
+    State(admin): State<Admin>,
+    body: RequestBody,
+) -> Result<Json<ConnectionsResponse>, Refusal> {
+    let ConnectionsRequest { workload, connections, sender } = parse(&read(body)?)?;
+    if connections.len() > MOST_CONNECTIONS {
+        let message = format!("more than {MOST_CONNECTIONS} connections in one request");
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, message));
+    }
+    let found = admin.ask(|reply| Request::InForce(workload.clone(), reply)).await?;
+    let InForce { cgroup, plan, redirect, .. } = found.ok_or(OverrideRefused::Unknown(workload))?;
+    let Some(plan) = plan else { return Ok(Json(ConnectionsResponse { connections: Vec::new() })) };
+    let dataplane = admin.dataplane.clone();
+    // Some hundred system calls at most for each.
+    let explained = tokio::task::spawn_blocking(move || {
+        let spec = redirect.as_ref().unwrap_or(&plan.redirect);
+        let explain = |connection: Connection| {
+            let looked = cgroup.map(|cgroup| dataplane.look_up(cgroup, connection.protocol, connection.to));
+            let kernel = match looked {
+                Some(Ok(answer)) => Some(answer),
+                Some(Err(RedirectError::NotInForce)) | None => None,
+                Some(Err(error)) => return Err(error),
+            };
+            Ok(connection::explain(spec, plan.on_failure, connection, &sender, kernel))
+        };
+        connections.into_iter().map(explain).collect::<Result<Vec<_>, _>>()
+    });
+    match explained.await {
+        Ok(Ok(connections)) => Ok(Json(ConnectionsResponse { connections })),
+        Ok(Err(error)) => Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(&error))),
+        Err(error) => Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct TraceQuery {
+    workload: WorkloadId,
+    rate: NonZeroU32,
+    sample: NonZeroU32,
+    seconds: NonZeroU32,
+}
+
+async fn trace_workload(
+    State(admin): State<Admin>,
+    query: Result<Query<TraceQuery>, QueryRejection>,
+) -> Result<Response, Refusal> {
+    let Query(query) = query.map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, error.body_text()))?;
+    let id = query.workload;
+    let found = admin.ask(|reply| Request::InForce(id.clone(), reply)).await?;
+    let InForce { verdict, cgroup, .. } = found.ok_or_else(|| OverrideRefused::Unknown(id.clone()))?;
+    let settings = TraceSettings { rate: query.rate.min(HIGHEST_RATE), sample: query.sample };
+    let length = Duration::from_secs(query.seconds.get().into()).min(LONGEST_TRACE);
+    let begun = cgroup
+        .ok_or(RedirectError::NotInForce)
+        .and_then(|cgroup| trace::stream(&admin.dataplane, cgroup, settings, length));
+    let lines = begun.map_err(|error| match error {
+        RedirectError::NotInForce => Refusal::new(
+            StatusCode::CONFLICT,
+            format!("{id} is {verdict}: nothing of it is redirected, so there is nothing to trace\nsee: pillion describe {id}"),
+        ),
+        RedirectError::Traced => Refusal::new(
+            StatusCode::CONFLICT,
+            format!("{id} is being traced already, and one at a time can: end the other `pillion trace`"),
+        ),
+        error => Refusal::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("{id} cannot be traced: {}\nsee: pillion check", chain(&error)),
+        ),
+    })?;
+    let body = Body::from_stream(ReceiverStream::new(lines).map(Ok::<Bytes, Infallible>));
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
 
 async fn livez(State(admin): State<Admin>) -> Response {

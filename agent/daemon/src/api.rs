@@ -13,6 +13,8 @@
 //! | `POST /v1/attach`, `POST /v1/detach` | [`OverrideRequest`] | [`WorkloadSummary`] once it has settled |
 //! | `POST /v1/reload` | | [`ReloadResponse`] |
 //! | `POST /v1/explain` | [`ExplainRequest`] | [`ExplainResponse`] |
+//! | `POST /v1/connections` | [`ConnectionsRequest`] | [`ConnectionsResponse`] |
+//! | `GET /v1/trace?workload=ID&rate=N&sample=N&seconds=N` | | one [`TraceLine`](crate::trace::TraceLine) a line (NDJSON) |
 //!
 //! Every answer with a status of 400 and above has an [`ErrorResponse`] as its body.
 
@@ -30,6 +32,8 @@ use pillion_workload::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::connection::{Connection, ConnectionInfo, Sender};
+
 /// The paths of the API.
 pub(crate) mod path {
     /// `GET`: [`super::StatusResponse`].
@@ -46,6 +50,10 @@ pub(crate) mod path {
     pub(crate) const RELOAD: &str = "/v1/reload";
     /// `POST` [`super::ExplainRequest`]: [`super::ExplainResponse`].
     pub(crate) const EXPLAIN: &str = "/v1/explain";
+    /// `POST` [`super::ConnectionsRequest`]: [`super::ConnectionsResponse`].
+    pub(crate) const CONNECTIONS: &str = "/v1/connections";
+    /// `GET`: lines of [`crate::trace::TraceLine`].
+    pub(crate) const TRACE: &str = "/v1/trace";
 }
 
 /// The agent as a whole.
@@ -553,6 +561,30 @@ pub(crate) struct ExplainResponse {
     pub(crate) plan: Option<Plan>,
     /// Policy by policy.
     pub(crate) reasons: Vec<ReasonInfo>,
+    /// The connections that were asked about.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) connections: Vec<ConnectionInfo>,
+}
+
+/// What would become of some connections of a workload?
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ConnectionsRequest {
+    /// Whose.
+    pub(crate) workload: WorkloadId,
+    /// Which.
+    pub(crate) connections: Vec<Connection>,
+    /// Who makes them.
+    #[serde(default)]
+    pub(crate) sender: Sender,
+}
+
+/// The answer, in the order of the request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ConnectionsResponse {
+    /// Empty when no policy selects the workload.
+    pub(crate) connections: Vec<ConnectionInfo>,
 }
 
 /// Body of every answer that is not a success.

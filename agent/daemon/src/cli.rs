@@ -2,13 +2,14 @@
 //!
 //! Owns names, defaults and help texts. Never does anything: `main` hands the parsed arguments on.
 
-use std::{path::PathBuf, time::Duration};
+use std::{num::NonZeroU32, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use pillion_workload::{RuntimeKind, WorkloadId};
 
 use crate::{
     config::{AgentConfig, OrNone, Paths, RunConfig, SystemdChoice},
+    connection::Connection,
     hooks,
     render::Format,
 };
@@ -85,6 +86,8 @@ pub(crate) enum Command {
     Detach(DetachArgs),
     /// Show what happened, and with -f what happens
     Events(EventsArgs),
+    /// Show what becomes of a workload's connections, as the kernel decides
+    Trace(TraceArgs),
     /// Have a container runtime hold its containers until Pillion is done with them
     #[command(name = "install-hooks")]
     InstallHooks(Box<InstallHooksArgs>),
@@ -176,10 +179,11 @@ A described workload (--subject) is YAML or JSON:
 Examples:
   pillion explain containerd/default/web
   pillion explain --policy p.yaml --subject workload.yaml
-  pillion explain --policy p.yaml --runtime process --name curl --label app=api")]
+  pillion explain --policy p.yaml --runtime process --name curl --label app=api
+  pillion explain containerd/default/web --connection tcp:10.1.2.3:443 --user 1000")]
 pub(crate) struct ExplainArgs {
     /// A workload that the running agent knows, as `pillion list` names it
-    #[arg(value_name = "WORKLOAD", conflicts_with_all = ["policies", "subject", "runtime", "name", "namespace", "labels", "image", "unit", "executable"])]
+    #[arg(value_name = "WORKLOAD", conflicts_with_all = ["policies", "subject", "runtime", "name", "namespace", "labels", "image", "unit"])]
     pub(crate) workload: Option<WorkloadId>,
     /// Policy file or directory; may be given more than once [default: /etc/pillion/policy.d]
     #[arg(long = "policy", value_name = "FILE")]
@@ -205,9 +209,15 @@ pub(crate) struct ExplainArgs {
     /// Its systemd unit
     #[arg(long, value_name = "UNIT", help_heading = "Description")]
     pub(crate) unit: Option<String>,
-    /// Its program, an absolute path
+    /// Its program, an absolute path; with --connection also the program that connects
     #[arg(long, value_name = "PATH", help_heading = "Description")]
     pub(crate) executable: Option<PathBuf>,
+    /// Explain a connection of it, such as tcp:10.1.2.3:443; may be given more than once
+    #[arg(long = "connection", value_name = "PROTOCOL:ADDRESS:PORT", help_heading = "Connections")]
+    pub(crate) connections: Vec<Connection>,
+    /// The user that connects, a number on the host
+    #[arg(long, value_name = "UID", requires = "connections", help_heading = "Connections")]
+    pub(crate) user: Option<u32>,
     #[command(flatten)]
     pub(crate) reach: Reach,
     #[command(flatten)]
@@ -313,6 +323,36 @@ pub(crate) struct EventsArgs {
     /// Go on with new events until interrupted
     #[arg(short, long)]
     pub(crate) follow: bool,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// Arguments of `pillion trace`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Each line is one decision: the connection, the rule, where it goes, the verdict, and the process. An address or port that \
+the kernel has still to choose is `*`. What is more than the rate is counted and told as `left out`. A trace ends with \
+this command; while there is none, connections cost nothing more.
+
+Examples:
+  pillion trace containerd/default/web
+  pillion trace --rate 1000 --sample 1/10 --for 1m containerd/default/web
+  pillion trace -o json containerd/default/web | jq 'select(.verdict == \"refused\")'")]
+pub(crate) struct TraceArgs {
+    /// The workload, as `pillion list` names it
+    #[arg(value_name = "WORKLOAD")]
+    pub(crate) workload: WorkloadId,
+    /// Tell at most so many decisions a second
+    #[arg(long, value_name = "N[/s]", default_value = "100/s", value_parser = rate)]
+    pub(crate) rate: NonZeroU32,
+    /// Tell one of so many decisions
+    #[arg(long, value_name = "1/N", default_value = "1/1", value_parser = sample)]
+    pub(crate) sample: NonZeroU32,
+    /// End after this time, at most 24h
+    #[arg(long = "for", value_name = "TIME", default_value = "10m", value_parser = trace_length)]
+    pub(crate) length: Duration,
     #[command(flatten)]
     pub(crate) reach: Reach,
     #[command(flatten)]
@@ -538,6 +578,28 @@ fn wait(text: &str) -> Result<Duration, String> {
     Ok(wait)
 }
 
+/// In whole seconds, and for a day at most.
+fn trace_length(text: &str) -> Result<Duration, String> {
+    let length = duration(text)?;
+    if length < Duration::from_secs(1) || length > Duration::from_secs(24 * 60 * 60) {
+        return Err("must be between 1s and 24h".to_owned());
+    }
+    Ok(length)
+}
+
+fn rate(text: &str) -> Result<NonZeroU32, String> {
+    match text.strip_suffix("/s").unwrap_or(text).parse() {
+        Ok(rate) if (1..=10_000).contains(&rate) => NonZeroU32::new(rate).ok_or_else(String::new),
+        Ok(_) | Err(_) => Err("write it as 100 or 100/s, between 1/s and 10000/s".to_owned()),
+    }
+}
+
+fn sample(text: &str) -> Result<NonZeroU32, String> {
+    text.strip_prefix("1/")
+        .and_then(|number| number.parse().ok())
+        .ok_or_else(|| "write it as 1/10: one of ten".to_owned())
+}
+
 fn label(text: &str) -> Result<Label, String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok(Label { key: key.to_owned(), value: value.to_owned() }),
@@ -561,6 +623,20 @@ mod tests {
         assert_eq!(label("a=b=c"), Ok(Label { key: "a".into(), value: "b=c".into() }));
         assert_eq!(label("a="), Ok(Label { key: "a".into(), value: String::new() }));
         assert!(label("=b").is_err() && label("a").is_err());
+    }
+
+    #[test]
+    fn a_trace_is_bounded() {
+        assert_eq!(rate("100/s").unwrap().get(), 100);
+        assert_eq!(rate("10000").unwrap().get(), 10_000);
+        for bad in ["0", "10001", "-1", "x/s", "100/m", ""] {
+            assert!(rate(bad).is_err(), "{bad}");
+        }
+        assert_eq!(sample("1/10").unwrap().get(), 10);
+        for bad in ["1/0", "2/3", "10", ""] {
+            assert!(sample(bad).is_err(), "{bad}");
+        }
+        assert!(trace_length("24h").is_ok() && trace_length("25h").is_err() && trace_length("1ms").is_err());
     }
 
     #[test]

@@ -2,16 +2,20 @@
 //!
 //! Owns how a workload is described. The decision is the policy crate's: the same code that the agent runs.
 
-use std::{collections::BTreeMap, fs, io, path::Path, process::ExitCode};
+use std::{collections::BTreeMap, fmt::Write as _, fs, io, path::Path, process::ExitCode};
 
 use anyhow::Context as _;
 use pillion_policy::{Reason, Verdict};
-use pillion_workload::Subject;
+use pillion_workload::{Plan, Subject, WorkloadId};
 
 use crate::{
-    api::{self, ExplainRequest, ExplainResponse, FieldInfo, ReasonInfo, ReasonOutcome},
-    cli::ExplainArgs,
-    inspect, plan_text,
+    api::{
+        self, ConnectionsRequest, ConnectionsResponse, ExplainRequest, ExplainResponse, FieldInfo,
+        ReasonInfo, ReasonOutcome,
+    },
+    cli::{ExplainArgs, Reach},
+    connection::{self, Connection, Sender},
+    connection_text, inspect, plan_text,
     render::{self, Paint, Tone, View, indent, note},
     validate, views,
 };
@@ -34,6 +38,10 @@ impl View for ExplainResponse {
             out.push_str("\nPlan:\n");
             out.push_str(&indent(&plan_text::in_words(plan), 2));
         }
+        for connection in &self.connections {
+            let _ = write!(out, "\nConnection {}:\n", connection.connection);
+            out.push_str(&indent(&connection_text::in_words(connection, paint), 2));
+        }
         out
     }
 
@@ -44,9 +52,16 @@ impl View for ExplainResponse {
 
 /// `pillion explain`.
 pub(crate) async fn main(args: ExplainArgs) -> anyhow::Result<ExitCode> {
+    if let Some(executable) = &args.executable {
+        connection::absolute(executable)?;
+    }
+    let sender = Sender { user: args.user, executable: args.executable.clone() };
     let answer = if let Some(workload) = args.workload {
-        let request = ExplainRequest::Workload(workload);
-        inspect::client(&args.reach).post::<ExplainResponse>(api::path::EXPLAIN, &request).await?
+        anyhow::ensure!(
+            args.executable.is_none() || !args.connections.is_empty(),
+            "--executable tells who makes a --connection of a workload that the agent knows; it knows the workload's own"
+        );
+        of_known(&args.reach, workload, args.connections, sender).await?
     } else {
         let subject = match &args.subject {
             Some(path) => read_subject(path)?,
@@ -61,9 +76,17 @@ pub(crate) async fn main(args: ExplainArgs) -> anyhow::Result<ExitCode> {
         match validate::load(&paths)? {
             Ok(policies) => {
                 let decision = policies.decide(&subject);
+                let plan = decision.plan.as_deref().cloned();
+                let explain = |plan: &Plan| -> Vec<_> {
+                    let explain = |it: &Connection| {
+                        connection::explain(&plan.redirect, plan.on_failure, *it, &sender, None)
+                    };
+                    args.connections.iter().map(explain).collect()
+                };
                 ExplainResponse {
                     subject,
-                    plan: decision.plan.as_deref().cloned(),
+                    connections: plan.as_ref().map(explain).unwrap_or_default(),
+                    plan,
                     reasons: decision.reasons.iter().map(reason).collect(),
                 }
             }
@@ -72,6 +95,24 @@ pub(crate) async fn main(args: ExplainArgs) -> anyhow::Result<ExitCode> {
     };
     render::print(&answer, args.output.format)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Of a workload that the agent knows.
+async fn of_known(
+    reach: &Reach,
+    workload: WorkloadId,
+    connections: Vec<Connection>,
+    sender: Sender,
+) -> anyhow::Result<ExplainResponse> {
+    let client = inspect::client(reach);
+    let request = ExplainRequest::Workload(workload.clone());
+    let mut answer: ExplainResponse = client.post(api::path::EXPLAIN, &request).await?;
+    if !connections.is_empty() {
+        let request = ConnectionsRequest { workload, connections, sender };
+        let explained: ConnectionsResponse = client.post(api::path::CONNECTIONS, &request).await?;
+        answer.connections = explained.connections;
+    }
+    Ok(answer)
 }
 
 /// A reason as the API has it.
@@ -100,12 +141,6 @@ fn described(args: &ExplainArgs) -> anyhow::Result<Subject> {
     let labels: BTreeMap<String, String> =
         args.labels.iter().map(|label| (label.key.clone(), label.value.clone())).collect();
     anyhow::ensure!(labels.len() == args.labels.len(), "a label is given twice");
-    if let Some(executable) = args.executable.as_ref().filter(|path| !path.is_absolute()) {
-        anyhow::bail!(
-            "--executable {}: must be an absolute path, as the workload sees it",
-            executable.display()
-        );
-    }
     Ok(Subject {
         // clap demands both when there is neither a workload nor a file.
         runtime: args.runtime.context("--runtime is missing")?,

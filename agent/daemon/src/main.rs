@@ -13,6 +13,8 @@ mod cli;
 mod client;
 mod config;
 mod conflicts;
+mod connection;
+mod connection_text;
 mod container_names;
 mod controller;
 mod event_log;
@@ -38,6 +40,7 @@ mod run;
 mod sources;
 mod standing;
 mod telemetry;
+mod trace;
 mod units;
 mod validate;
 mod views;
@@ -81,6 +84,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Attach(args) => in_background(inspect::attach(args)),
         Command::Detach(args) => in_background(inspect::detach(args)),
         Command::Events(args) => in_background(inspect::events(args)),
+        Command::Trace(args) => in_background(trace::main(args)),
         Command::Admit(args) => in_background(admit::main(args)),
         Command::InstallHooks(args) => hooks::install(&args),
         Command::UninstallHooks(args) => hooks::uninstall(&args),

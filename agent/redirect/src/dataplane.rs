@@ -38,6 +38,7 @@ use crate::{
     steer::{Steer, SteerPool},
     sys,
     tables::Ports,
+    trace::Tracing,
 };
 
 /// How a data plane is loaded.
@@ -102,11 +103,13 @@ pub struct Dataplane {
     steers: SteerPool,
     /// The programs can read which program a process executes.
     pub(crate) tells_executables: bool,
+    /// The programs can tell of their decisions.
+    pub(crate) tells_decisions: bool,
     bpffs: Bpffs,
 }
 
 pub(crate) struct Maps {
-    workloads: Map,
+    pub(crate) workloads: Map,
     companions: Map,
     slots: Array<MapData, Slot>,
     fresh: Array<MapData, u64>,
@@ -115,14 +118,15 @@ pub(crate) struct Maps {
     shares: Array<MapData, Share>,
     peers: Array<MapData, Slot>,
     peer_of: HashMap<MapData, PeerKey, PeerSlot>,
-    networks4: LpmTrie<MapData, Network4, u32>,
-    networks6: LpmTrie<MapData, Network6, u32>,
-    routes: LpmTrie<MapData, RouteKey, Route>,
+    pub(crate) networks4: LpmTrie<MapData, Network4, u32>,
+    pub(crate) networks6: LpmTrie<MapData, Network6, u32>,
+    pub(crate) routes: LpmTrie<MapData, RouteKey, Route>,
     users: HashMap<MapData, UserKey, u32>,
     executables: HashMap<MapData, ExecutableKey, u32>,
-    listeners: SockHash<MapData, ListenerKey>,
-    inbound: HashMap<MapData, PortKey, InboundRule>,
+    pub(crate) listeners: SockHash<MapData, ListenerKey>,
+    pub(crate) inbound: HashMap<MapData, PortKey, InboundRule>,
     exempt: HashMap<MapData, ExemptKey, u32>,
+    pub(crate) tracing: Tracing,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -159,7 +163,7 @@ impl Dataplane {
         };
         let pins = directory.join("maps");
         let offsets =
-            if options.executables { Some(Offsets::of_this_kernel(&object::MEMBERS, &[])) } else { None };
+            if options.executables && constants.kernel.atomics { Some(Offsets::of_this_kernel(&object::MEMBERS, &[])) } else { None };
         let offsets = match offsets.transpose() {
             Ok(offsets) => offsets,
             Err(error) => {
@@ -184,6 +188,7 @@ impl Dataplane {
             next_number,
             steers: SteerPool::new(pins, constants),
             tells_executables: offsets.is_some(),
+            tells_decisions: constants.kernel.atomics,
             directory,
             bpffs,
         }))
@@ -319,16 +324,22 @@ impl Maps {
             listeners: typed(object, "PL_LISTENERS")?,
             inbound: typed(object, "PL_INBOUND")?,
             exempt: typed(object, "PL_EXEMPT")?,
+            tracing: Tracing::new(
+                typed(object, "PL_TRACE")?,
+                typed(object, "PL_TRACED")?,
+                typed(object, "PL_TRACE_STATE")?,
+            )?,
             counters: typed(object, "PL_COUNTERS")?,
         })
     }
 
     pub(crate) fn configure_workload(
-        &self,
+        &mut self,
         cgroup: CgroupId,
         config: &WorkloadConfig,
     ) -> Result<(), RedirectError> {
-        write_storage(&self.workloads, "PL_WORKLOADS", cgroup, config)
+        let config = self.tracing.mark(cgroup, config);
+        write_storage(&self.workloads, "PL_WORKLOADS", cgroup, &config)
     }
 
     pub(crate) fn configure_companion(
@@ -534,6 +545,8 @@ impl Maps {
     }
 
     pub(crate) fn steer_port(&mut self, key: PortKey, rule: InboundRule) -> Result<(), RedirectError> {
+        let flags = rule.flags | self.tracing.flag_of(key.workload);
+        let rule = InboundRule { flags, ..rule };
         self.inbound.insert(key, rule, 0).map_err(RedirectError::map("PL_INBOUND"))
     }
 
@@ -570,12 +583,12 @@ impl Maps {
     }
 }
 
-enum NetworkKey {
+pub(crate) enum NetworkKey {
     V4(Key<Network4>),
     V6(Key<Network6>),
 }
 
-fn network_key(table: u32, network: &IpNet) -> NetworkKey {
+pub(crate) fn network_key(table: u32, network: &IpNet) -> NetworkKey {
     let bits = u32::BITS + u32::from(network.prefix_len());
     match network {
         IpNet::V4(net) => NetworkKey::V4(Key::new(bits, Network4 { table, address: words4(net.addr()) })),
@@ -583,7 +596,7 @@ fn network_key(table: u32, network: &IpNet) -> NetworkKey {
     }
 }
 
-fn route_key(table: u32, ports: &Ports) -> Key<RouteKey> {
+pub(crate) fn route_key(table: u32, ports: &Ports) -> Key<RouteKey> {
     let key = RouteKey {
         table,
         class: ports.class,
@@ -612,7 +625,7 @@ fn now() -> u32 {
     u32::try_from((now.as_nanos() >> 30) & 0x7fff_ffff).unwrap_or(0)
 }
 
-fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(), RedirectError> {
+pub(crate) fn absent_is_fine(result: Result<(), MapError>, map: &'static str) -> Result<(), RedirectError> {
     match result {
         Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),

@@ -104,6 +104,17 @@ pub enum RedirectError {
         /// Its path.
         cgroup: PathBuf,
     },
+    /// Nothing is attached there.
+    #[error("no redirection is in force")]
+    NotInForce,
+    /// The programs for this kernel do not tell.
+    #[error(
+        "the programs for a kernel before Linux 5.12 do not tell of their decisions; `explain --connection` works"
+    )]
+    Untraceable,
+    /// Somebody listens already.
+    #[error("it is being traced already; one trace of a workload at a time")]
+    Traced,
     /// A redirect target has no port yet.
     #[error("the redirect to companion {0} has no port; ports are settled before attaching")]
     NoPort(CompanionName),

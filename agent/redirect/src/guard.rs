@@ -380,6 +380,7 @@ impl RedirectGuard {
     /// Ends the links of the workload: one write turns redirection off, then they go one by one.
     fn stop_redirecting(&mut self) -> Result<(), RedirectError> {
         let number = self.rules.config.workload;
+        self.dataplane.maps().note_out_of_force(self.cgroup.id, number);
         // From now on it is the matter of the workloads around it.
         let mut result = self.dataplane.move_out(number);
         if self.outbound.iter().any(|(_, link)| link.has_cgroup()) {
@@ -469,6 +470,7 @@ impl RedirectGuard {
         if !self.rules.executables.is_empty() && !self.dataplane.tells_executables {
             return Err(RedirectError::Btf("programs cannot be told apart on this kernel".into()));
         }
+        self.dataplane.maps().note_in_force(self.cgroup.id, self.rules.config.table, &self.spec);
         let wanted: Vec<CgroupProgram> = self.workload_programs().copied().collect();
         let cgroup = if wanted.is_empty() { None } else { Some(open_directory(&self.cgroup.path)?) };
         for (index, program) in wanted.iter().enumerate() {
@@ -560,7 +562,7 @@ impl RedirectGuard {
 }
 
 /// For IPv4 and IPv6.
-fn listener_keys(workload: u32, port: u16, protocol: Protocol) -> [ListenerKey; 2] {
+pub(crate) fn listener_keys(workload: u32, port: u16, protocol: Protocol) -> [ListenerKey; 2] {
     [AF_INET, AF_INET6].map(|family| ListenerKey {
         workload,
         port,

@@ -69,7 +69,7 @@ pub(crate) const COMPANION_PROGRAMS: [CgroupProgram; 3] = [
 pub(crate) const STEER_PROGRAM: &str = "pl_steer";
 
 /// Every map of the objects.
-pub(crate) const MAPS: [&str; 22] = [
+pub(crate) const MAPS: [&str; 25] = [
     "PL_WORKLOADS",
     "PL_COMPANIONS",
     "PL_SLOTS",
@@ -91,6 +91,9 @@ pub(crate) const MAPS: [&str; 22] = [
     "PL_INBOUND",
     "PL_EXEMPT",
     "PL_COUNTERS",
+    "PL_TRACED",
+    "PL_TRACE_STATE",
+    "PL_TRACE",
     "PL_LOCKS",
 ];
 

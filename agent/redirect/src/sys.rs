@@ -179,3 +179,14 @@ pub(crate) fn write_cgroup_storage<V: aya::Pod>(
     attr.__bindgen_anon_2.__bindgen_anon_1.value = std::ptr::from_ref(value) as u64;
     bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &attr).map(drop)
 }
+
+/// `BPF_MAP_LOOKUP_ELEM` on cgroup storage whose key is the cgroup's id. `ENOENT` as above.
+pub(crate) fn read_cgroup_storage<V: aya::Pod + Default>(map: BorrowedFd<'_>, cgroup: u64) -> io::Result<V> {
+    let mut value = V::default();
+    let mut attr = zeroed();
+    attr.__bindgen_anon_2.map_fd = number(map.as_raw_fd());
+    attr.__bindgen_anon_2.key = std::ptr::from_ref(&cgroup) as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = std::ptr::from_mut(&mut value) as u64;
+    bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &attr)?;
+    Ok(value)
+}

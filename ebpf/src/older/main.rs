@@ -31,7 +31,6 @@ mod names;
 mod outbound;
 #[path = "../peers.rs"]
 mod peers;
-#[path = "../program.rs"]
 mod program;
 #[path = "../share.rs"]
 mod share;
@@ -39,6 +38,7 @@ mod share;
 mod slots;
 #[path = "../socket.rs"]
 mod socket;
+mod trace;
 #[path = "../udp.rs"]
 mod udp;
 

@@ -6,7 +6,7 @@ use pillion_policy::{Decision, PolicySet, Reason};
 use pillion_workload::{Gate, Subject, WorkloadId};
 
 use super::{
-    Controller, Pulse,
+    Controller, InForce, Pulse,
     entry::{Entry, ports},
 };
 use crate::api::{
@@ -166,6 +166,21 @@ impl Controller {
         })
     }
 
+    pub(super) fn in_force(&self, id: &WorkloadId) -> Option<InForce> {
+        let Some(entry) = self.workloads.get(id) else {
+            let known = self.unattachable.get(id)?;
+            let verdict = known.summary(id, self.policies.as_ref()).verdict;
+            return Some(InForce { verdict, cgroup: None, plan: None, redirect: None });
+        };
+        let view = entry.view();
+        Some(InForce {
+            verdict: entry.verdict().0,
+            cgroup: Some(entry.workload.instance.cgroup.id),
+            plan: view.map(|view| &view.plan).or(entry.plan.as_ref()).cloned(),
+            redirect: view.and_then(|view| view.redirect.clone()),
+        })
+    }
+
     pub(super) fn explain(&self, request: ExplainRequest) -> Option<ExplainResponse> {
         let subject = match request {
             ExplainRequest::Workload(id) => match self.workloads.get(&id) {
@@ -177,7 +192,7 @@ impl Controller {
         let (decision, reasons) = self.reasons(&subject);
         let plan =
             decision.and_then(|decision| decision.plan).map(|plan| pillion_workload::Plan::clone(&plan));
-        Some(ExplainResponse { subject, plan, reasons })
+        Some(ExplainResponse { subject, plan, reasons, connections: Vec::new() })
     }
 
     fn reasons(&self, subject: &Subject) -> (Option<Decision>, Vec<ReasonInfo>) {

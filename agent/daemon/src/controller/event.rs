@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use pillion_attachment::Report;
 use pillion_runtime::{Hold, RuntimeEvent, Unheld};
-use pillion_workload::{Gate, ProcessId, WorkloadId};
+use pillion_workload::{CgroupId, Gate, Plan, ProcessId, RedirectSpec, WorkloadId};
 use tokio::sync::{broadcast, oneshot};
 
 use crate::{
@@ -63,6 +63,8 @@ pub(crate) enum Request {
     Workloads(oneshot::Sender<Vec<WorkloadSummary>>),
     /// One workload.
     Workload(WorkloadId, oneshot::Sender<Option<WorkloadDetail>>),
+    /// What is in force for one workload.
+    InForce(WorkloadId, oneshot::Sender<Option<InForce>>),
     /// Events so far, and those to come.
     Events(u64, oneshot::Sender<EventStream>),
     /// A manual override; answered when it has settled.
@@ -80,6 +82,19 @@ pub(crate) struct Pulse {
     pub(crate) workloads: BTreeMap<(Verdict, Option<Gate>), usize>,
     /// Whether each source is connected.
     pub(crate) sources: Vec<(&'static str, bool)>,
+}
+
+/// What is in force for a workload, or is to be.
+#[derive(Debug)]
+pub(crate) struct InForce {
+    /// What has become of it.
+    pub(crate) verdict: Verdict,
+    /// Its cgroup; absent where it cannot be attached.
+    pub(crate) cgroup: Option<CgroupId>,
+    /// Its plan; absent where no policy selects it.
+    pub(crate) plan: Option<Arc<Plan>>,
+    /// The plan's redirection with every port filled in; absent before ports are settled.
+    pub(crate) redirect: Option<RedirectSpec>,
 }
 
 /// Events so far, and those to come.

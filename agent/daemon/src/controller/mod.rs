@@ -33,7 +33,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
-pub(crate) use event::{Event, Override, OverrideRefused, OverrideReply, Pulse, Request};
+pub(crate) use event::{Event, InForce, Override, OverrideRefused, OverrideReply, Pulse, Request};
 pub(crate) use gates::HeldState;
 pub(crate) use start::{Beginning, Parts};
 

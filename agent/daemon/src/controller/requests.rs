@@ -16,6 +16,7 @@ impl Controller {
                 drop(reply.send(self.summaries()));
             }
             Request::Workload(id, reply) => drop(reply.send(self.detail(&id))),
+            Request::InForce(id, reply) => drop(reply.send(self.in_force(&id))),
             Request::Events(since, reply) => drop(reply.send(self.events.read(since))),
             Request::Override(id, what, reply) => self.override_by_hand(id, what, reply),
             Request::Explain(request, reply) => drop(reply.send(self.explain(request))),
