@@ -162,8 +162,11 @@ impl Dataplane {
             steer_workload: 0,
         };
         let pins = directory.join("maps");
-        let offsets =
-            if options.executables && constants.kernel.atomics { Some(Offsets::of_this_kernel(&object::MEMBERS, &[])) } else { None };
+        let offsets = if options.executables && constants.kernel.atomics {
+            Some(Offsets::of_this_kernel(&object::MEMBERS, &[]))
+        } else {
+            None
+        };
         let offsets = match offsets.transpose() {
             Ok(offsets) => offsets,
             Err(error) => {
