@@ -146,15 +146,17 @@ impl Duo {
         let before: Vec<u64> = self.accepted()?;
         let socket = self.app.socket(Domain::of(destination))??;
         let connected = self.app.connect(socket, destination)?;
-        let outcome = match connected {
-            Err(errno) => Err(errno),
-            Ok(()) => {
-                let which = self.accepted()?.iter().zip(&before).position(|(now, then)| now > then);
-                match which {
-                    Some(which) => Ok((which, self.asked(which)?)),
-                    None => Err(Errno::ENOTCONN),
-                }
-            }
+        let outcome = if let Err(errno) = connected {
+            Err(errno)
+        } else {
+            let now = self.accepted()?;
+            let which = now.iter().zip(&before).position(|(now, then)| now > then);
+            which
+                .map(|which| self.asked(which))
+                .transpose()?
+                .zip(which)
+                .map(|(told, which)| (which, told))
+                .ok_or(Errno::ENOTCONN)
         };
         self.app.close(socket)??;
         Ok(outcome)

@@ -12,7 +12,7 @@ use pillion_tests::{
 };
 use pillion_workload::{Exclusions, Exemptions, FailureMode, OutboundRule, PortSet, RedirectSpec};
 
-/// Which companion, or the error of connect(); `None`: it went out directly, where nobody listens.
+/// Which companion, or the error of `connect`; `None`: it went out directly, where nobody listens.
 type Expected = Option<usize>;
 
 fn rules() -> RedirectSpec {
