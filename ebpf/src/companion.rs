@@ -52,7 +52,7 @@ pub fn pl_unasked(ctx: SockContext) -> i32 {
     let asked = share::forget_by_source(&source_key(sk, netns, peer, family, TCP));
     if !asked
         && let Some(address) = slot_address(&peer, family)
-        && let Asked::Found(_, _, seen) = slots::ask(address, netns)
+        && let Asked::Found(_, _, seen) = slots::ask(address, netns, false)
     {
         slots::answered(address.slot, seen);
     }
@@ -93,7 +93,7 @@ fn original_destination(ctx: *mut bpf_sockopt, sk: *mut bpf_sock) -> Option<Dest
     if protocol == UDP {
         // Its socket keeps the slot until it is closed: a companion that has forgotten a flow asks again.
         return match address {
-            Some(address) => match slots::ask(address, netns) {
+            Some(address) => match slots::ask(address, netns, true) {
                 Asked::Found(destination, ..) => Some(destination),
                 Asked::Stale => None,
             },
@@ -106,7 +106,7 @@ fn original_destination(ctx: *mut bpf_sockopt, sk: *mut bpf_sock) -> Option<Dest
         // other servers, too, and ports to which netfilter sends connections.
         return if read!((*ctx).retval) == 0 { None } else { steered(sk) };
     };
-    match slots::ask(address, netns) {
+    match slots::ask(address, netns, false) {
         Asked::Found(destination, workload, seen) => {
             // Without room to keep the answer the slot stays taken: the companion may ask again.
             if slots::keep_answer(&key, &destination, workload, seen) {

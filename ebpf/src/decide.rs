@@ -7,7 +7,6 @@ use pillion_common::{
 };
 
 use crate::{
-    apart,
     maps::{PL_NETS4, PL_NETS6, PL_ROUTES, PL_USERS, count},
     program,
     socket::{LOOPBACK4, ONE, is_local4, is_local6, is_multicast4, is_multicast6},

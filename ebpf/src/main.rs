@@ -22,8 +22,6 @@ macro_rules! apart {
         extern "C" fn $name($($argument: $type),*) -> $result $body
     };
 }
-pub(crate) use apart;
-
 mod atomic;
 mod companion;
 mod decide;

@@ -14,13 +14,11 @@ use pillion_common::{
 
 use crate::maps::{PL_FREE, PL_FRESH, PL_SLOTS, SLOT_EXPIRY, USABLE_SLOTS, count, kernel_has};
 use crate::socket::{LOOPBACK4, ONE};
-use crate::{apart, atomic, share};
+use crate::{atomic, share};
 
 /// How many returned slots, and then how many random ones, are tried.
 const TRIES_RETURNED: u32 = 8;
 const TRIES_RANDOM: u32 = 32;
-/// How long the slot of a closed datagram socket stays, in units of 2^30 ns.
-const LINGER: u32 = 10;
 
 /// A slot held by this run of a program.
 #[derive(Clone, Copy)]
@@ -155,17 +153,6 @@ fn free(slot: *mut Slot, id: u32, seen: u64) {
     }
 }
 
-/// Gives back the slot of a socket for datagrams, not at once: some may be on their way whose companion has not asked yet.
-#[inline(always)]
-fn retire(taken: Taken) {
-    let Some(slot) = PL_SLOTS.get_ptr_mut(taken.slot) else { return };
-    let seen = atomic::load(tag_of(slot));
-    if tag::is_busy(seen) && tag::generation(seen) == taken.generation {
-        let time = now().wrapping_add(LINGER).wrapping_sub(SLOT_EXPIRY.load());
-        atomic::compare_exchange(tag_of(slot), taken.slot, seen, tag::at(seen, time));
-    }
-}
-
 /// What a question about a slot finds.
 pub enum Asked {
     /// The destination, the workload's number and the slot's tag; the slot is to be given back with [`answered`].
@@ -175,8 +162,11 @@ pub enum Asked {
 }
 
 /// Reads the slot of an address. The tag is read before and after, so a half-written destination is never returned.
+///
+/// `given_back`: also of a slot that was given back and not taken again, which has its content still. Datagrams may be on their
+/// way when their socket is closed.
 #[inline(always)]
-pub fn ask(address: pillion_common::SlotAddress, netns: u64) -> Asked {
+pub fn ask(address: pillion_common::SlotAddress, netns: u64, given_back: bool) -> Asked {
     let Some(slot) = PL_SLOTS.get_ptr_mut(address.slot) else { return Asked::Stale };
     let before = atomic::load(tag_of(slot));
     // SAFETY: a map value; may be written at the same time by a claim, which the second look at the tag detects.
@@ -188,7 +178,7 @@ pub fn ask(address: pillion_common::SlotAddress, netns: u64) -> Asked {
         )
     };
     let after = atomic::load(tag_of(slot));
-    if !tag::is_busy(before)
+    if !(tag::is_busy(before) || given_back)
         || tag::generation(before) != tag::generation(after)
         || !address.is_of(tag::generation(before))
         || owner != netns
@@ -265,12 +255,7 @@ fn release(redirected: &Redirected, netns: u64) {
         return;
     }
     if redirected.slot != Redirected::NO_SLOT {
-        let taken = Taken { slot: redirected.slot, generation: redirected.generation };
-        if redirected.flags & Redirected::DATAGRAMS == 0 {
-            give_back(taken)
-        } else {
-            retire(taken)
-        }
+        give_back(Taken { slot: redirected.slot, generation: redirected.generation });
         return;
     }
     share::forget_by_source(&key_of(redirected, netns));

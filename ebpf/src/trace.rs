@@ -17,7 +17,7 @@ use pillion_common::{
 };
 
 use crate::{
-    apart, atomic,
+    atomic,
     maps::{PL_TRACE, PL_TRACE_STATE, PL_TRACED},
     socket::{LOOPBACK4, ONE},
 };

@@ -24,8 +24,8 @@ use crate::{
     maps::{PL_BOUND, PL_COMPANIONS, PL_HEARD, PL_REDIRECTED, PL_WORKLOADS, count, kernel_has},
     peers, share, slots,
     socket::{
-        IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, TCP_ESTABLISHED, cookie, listening, local, netns, read,
-        socket_of, unmapped, write,
+        IPPROTO_UDP, LOOPBACK4, MAPPED, ONE, TCP_ESTABLISHED, cookie, listening, netns, read, socket_of,
+        unmapped, write,
     },
     trace::{self, Outcome},
 };

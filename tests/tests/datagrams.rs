@@ -129,6 +129,30 @@ fn sockets_with_a_peer_keep_it() -> Result<()> {
 }
 
 #[test]
+fn a_closed_socket_leaves_no_slot_and_its_last_datagram_arrives() -> Result<()> {
+    on_machine(|machine| {
+        let mut duo = stage(machine, &udp(), FailureMode::Closed)?;
+        for turn in 0..50 {
+            let socket = socket(&mut duo, Domain::V4, None)?;
+            let destination = SocketAddr::new([192, 0, 2, 1].into(), 4000 + turn);
+            duo.app.connect(socket, destination)??;
+            duo.app.send(socket, "last words")??;
+            duo.app.close(socket)??;
+            assert_eq!(duo.dataplane.counters()?.slots_busy, 0, "given back at close");
+            let (text, _, wanted) = taken(&mut duo, 0, 0)?;
+            assert_eq!((text.as_str(), wanted), ("last words", destination), "asked after the close");
+        }
+        // Open ones keep theirs; a detach need not wait for them.
+        let open = socket(&mut duo, Domain::V4, None)?;
+        duo.app.connect(open, address("192.0.2.1:443"))??;
+        assert_eq!(duo.dataplane.counters()?.slots_busy, 1);
+        assert_eq!(duo.guard.as_mut().context("attached")?.drain()?, 0);
+        duo.app.close(open)??;
+        duo.end()
+    })
+}
+
+#[test]
 fn an_ipv6_socket_without_a_peer_has_one_destination() -> Result<()> {
     on_machine(|machine| {
         let mut duo = stage(machine, &udp(), FailureMode::Closed)?;

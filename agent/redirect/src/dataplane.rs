@@ -357,7 +357,17 @@ impl Maps {
     pub(crate) fn waiting(&self, workload: u32) -> Result<usize, RedirectError> {
         let mut waiting = 0;
         self.for_each_busy_slot(|slot| waiting += usize::from(slot.workload == workload))?;
-        Ok(waiting)
+        if waiting == 0 {
+            return Ok(0);
+        }
+        // A datagram socket keeps its slot while it is open, asked for or not.
+        let keeps = |socket: &Redirected| {
+            socket.workload == workload
+                && socket.flags & Redirected::DATAGRAMS != 0
+                && socket.slot != Redirected::NO_SLOT
+        };
+        let kept = self.redirected.iter().flatten().filter(|(_, socket)| keeps(socket)).count();
+        Ok(waiting.saturating_sub(kept))
     }
 
     /// Looks only at slots that were ever taken: a lookup is a system call.

@@ -12,8 +12,6 @@ macro_rules! apart {
         fn $name($($argument: $type),*) -> $result $body
     };
 }
-pub(crate) use apart;
-
 mod atomic;
 #[path = "../companion.rs"]
 mod companion;
