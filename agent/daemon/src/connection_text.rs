@@ -27,8 +27,10 @@ pub(crate) fn in_words(info: &ConnectionInfo, paint: Paint) -> String {
         return out;
     };
     let port = info.companion_port.map_or_else(|| " (port allocated)".to_owned(), |port| format!(":{port}"));
-    let _ =
-        writeln!(out, "It goes to companion {}{port}, which is told {}.", plain(companion), info.original);
+    // A resolver need not know who was asked, and is not told.
+    let by_dns = info.steps.last().is_some_and(|step| step.field == "dns");
+    let does = if by_dns { "answers instead of" } else { "is told" };
+    let _ = writeln!(out, "It goes to companion {}{port}, which {does} {}.", plain(companion), info.original);
     match (info.listening, info.on_failure, info.effective) {
         (Some(false), Some(FailureMode::Open), _) => {
             let text = "The companion does not listen there now: it passes to where the application says (onFailure: open).";
