@@ -240,7 +240,7 @@ What is private to this demo (directories, sockets) is left out of the commands 
             0,
         )?;
         self.agent.until(&Town::workload("web"), "port 80 excluded", |workload| {
-            let ports = &workload["plan"]["redirect"]["outbound"]["exclude"]["ports"];
+            let ports = &workload["plan"]["redirect"]["outbound"][0]["exclude"]["ports"];
             *ports == serde_json::json!([80]) && workload["verdict"] == "attached"
         })?;
         let excluded = || self.agent.counter("outboundExcluded");
@@ -270,7 +270,7 @@ What is private to this demo (directories, sockets) is left out of the commands 
         // Redirection as in the beginning.
         self.agent.policy("web.yaml", WEB_POLICY)?;
         self.agent.until(&Town::workload("web"), "no exclusion", |workload| {
-            let ports = &workload["plan"]["redirect"]["outbound"]["exclude"]["ports"];
+            let ports = &workload["plan"]["redirect"]["outbound"][0]["exclude"]["ports"];
             ports.as_array().is_none_or(Vec::is_empty) && workload["verdict"] == "attached"
         })?;
         let companions = [self.companion("web")?, self.companion("payments")?];

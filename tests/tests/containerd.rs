@@ -351,7 +351,7 @@ fn twenty_containers_at_once() -> Result<()> {
         let mut ports = BTreeSet::new();
         for (number, (puppet, name)) in puppets.iter_mut().zip(&names).enumerate() {
             let workload = scene.agent.until_verdict(&id(name), "attached")?;
-            let port = workload["ports"]["outbound"].as_u64().context("a port")?;
+            let port = workload["ports"]["outbound"][0].as_u64().context("a port")?;
             if number % 2 == 1 {
                 ensure!(ports.insert(port), "{name} shares port {port} in one namespace");
             } else {
