@@ -4,7 +4,7 @@ use std::{fmt::Write as _, time::Duration};
 
 use pillion_workload::{
     CompanionKind, CompanionSpec, ExistingConnections, ExternalSpec, FailureMode, Plan, PortSet, Probe,
-    RedirectSpec, Resources, Target,
+    Protocol, RedirectSpec, Resources, Target,
 };
 
 use crate::render::{plain, span};
@@ -117,7 +117,7 @@ fn outbound_in_words(redirect: &RedirectSpec, out: &mut String) {
         let _ = writeln!(out, "questions to resolvers (port 53, udp and tcp) go to {}", target(to));
     }
     for (index, rule) in redirect.outbound.iter().enumerate() {
-        let protocols: Vec<&str> = rule.protocols.iter().map(|protocol| protocol.as_str()).collect();
+        let sent: Vec<&str> = rule.protocols.iter().map(|protocol| sent(*protocol)).collect();
         let mut where_to: Vec<String> = rule.cidrs.iter().map(ToString::to_string).collect();
         if !rule.ports.is_empty() {
             where_to.push(ports(&rule.ports));
@@ -131,12 +131,19 @@ fn outbound_in_words(redirect: &RedirectSpec, out: &mut String) {
         except.extend(rule.exclude.cidrs.iter().map(ToString::to_string));
         let _ = writeln!(
             out,
-            "rule {}: {} that it sends{where_to} goes to {}, except to {}",
+            "rule {}: {}{where_to} go to {}, except to {}",
             index + 1,
-            protocols.join(" and "),
+            sent.join(" and "),
             target(&rule.to),
             except.join(", ")
         );
+    }
+}
+
+fn sent(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "connections that it makes",
+        Protocol::Udp => "datagrams that it sends",
     }
 }
 
@@ -191,7 +198,7 @@ fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use pillion_workload::{
-        Exclusions, ExecSpec, Exemptions, Glob, InboundRule, OutboundRule, Protocol, Readiness, UserSpec,
+        Exclusions, ExecSpec, Exemptions, Glob, InboundRule, OutboundRule, Readiness, UserSpec,
     };
 
     use super::*;
@@ -263,8 +270,8 @@ mod tests {
              what user 1337 sends is left alone\n\
              what /usr/bin/backup sends is left alone\n\
              questions to resolvers (port 53, udp and tcp) go to envoy:15053\n\
-             rule 1: tcp and udp that it sends to 10.0.0.0/8, ports 443, 8000-8999 goes to envoy (port allocated), except to loopback\n\
-             rule 2: tcp that it sends goes to envoy:15001, except to loopback, ports 22, 53, 169.254.0.0/16\n\
+             rule 1: connections that it makes and datagrams that it sends to 10.0.0.0/8, ports 443, 8000-8999 go to envoy (port allocated), except to loopback\n\
+             rule 2: connections that it makes go to envoy:15001, except to loopback, ports 22, 53, 169.254.0.0/16\n\
              connections from outside to port 8080 go to envoy (port allocated)\n\
              while a companion is not ready, new connections are refused (closed)\n\
              connections that are open when this comes into force are reset, if they would have gone to a companion\n"

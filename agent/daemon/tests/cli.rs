@@ -100,7 +100,7 @@ fn every_command_has_help_with_an_example_that_parses() {
     let commands = help.lines().skip_while(|line| !line.starts_with("Commands:")).skip(1);
     let names: Vec<&str> =
         commands.map_while(|line| line.strip_prefix("  ")?.split_whitespace().next()).collect();
-    assert_eq!(names.len(), 17, "{names:?}");
+    assert_eq!(names.len(), 18, "{names:?}");
     for name in names {
         let (help, _) = run(&[name, "--help"], 0);
         assert!(help.contains("Usage: pillion"), "{name}: {help}");
@@ -184,7 +184,10 @@ fn explain_says_what_matched_and_what_did_not() {
 
     let (stdout, _) = run(&[&described[..], &["--label", "app=api"]].concat(), 0);
     assert!(stdout.starts_with("policy relay-all applies\n"), "{stdout}");
-    assert!(stdout.contains("connections that it makes go to r:15001"), "{stdout}");
+    assert!(
+        stdout.contains("rule 1: connections that it makes go to r:15001, except to loopback"),
+        "{stdout}"
+    );
 
     let (stdout, _) = run(&[&described[..], &["--label", "app=web"]].concat(), 0);
     assert!(stdout.starts_with("no policy applies\n"), "{stdout}");
