@@ -14,7 +14,7 @@ use pillion_common::{
 
 use crate::maps::{PL_FREE, PL_FRESH, PL_SLOTS, SLOT_EXPIRY, USABLE_SLOTS, count, kernel_has};
 use crate::socket::{LOOPBACK4, ONE};
-use crate::{atomic, share};
+use crate::{atomic, share, socket::Packed};
 
 /// How many returned slots, and then how many random ones, are tried.
 const TRIES_RETURNED: u32 = 8;
@@ -76,27 +76,27 @@ fn claim(id: u32, time: u32, netns: u64, workload: u32, destination: &Destinatio
 /// Takes a slot for `destination`; `None` when all of them wait for their questions.
 #[inline(always)]
 pub fn take(netns: u64, workload: u32, destination: &Destination) -> Option<Taken> {
-    let taken = take_slot(netns, workload, destination);
+    let Packed { low, high, end } = Packed::of(destination);
+    let taken = take_slot(netns, low, high, end, workload);
     (taken != NONE).then_some(Taken { slot: taken as u32, generation: (taken >> 32) as u32 })
 }
 
 /// What [`take_slot`] returns for none: no slot has this number.
 const NONE: u64 = u64::MAX;
 
-apart! {
-    /// Number and, above it, generation.
-    fn take_slot(netns: u64, workload: u32, destination: *const Destination) -> u64 {
-        // SAFETY: the verifier sees to it that it is null or a destination.
-        let Some(destination) = (unsafe { destination.as_ref() }) else { return NONE };
-        if !share::take(workload, Share::SLOTS) {
-            return NONE;
-        }
-        match find(netns, workload, destination) {
-            Some(taken) => u64::from(taken.generation) << 32 | u64::from(taken.slot),
-            None => {
-                share::give(workload, Share::SLOTS);
-                NONE
-            }
+/// Number and, above it, generation. Takes numbers alone, see [`Packed`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn take_slot(netns: u64, low: u64, high: u64, end: u64, workload: u32) -> u64 {
+    let destination = Packed { low, high, end }.destination();
+    if !share::take(workload, Share::SLOTS) {
+        return NONE;
+    }
+    match find(netns, workload, &destination) {
+        Some(taken) => u64::from(taken.generation) << 32 | u64::from(taken.slot),
+        None => {
+            share::give(workload, Share::SLOTS);
+            NONE
         }
     }
 }

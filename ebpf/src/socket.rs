@@ -4,7 +4,7 @@ use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
     helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_map_lookup_elem, bpf_sk_release},
 };
-use pillion_common::{AF_INET, AF_INET6, ListenerKey, UDP, kernel};
+use pillion_common::{AF_INET, AF_INET6, Destination, ListenerKey, UDP, kernel};
 
 use crate::maps::{PL_LISTENERS, kernel_has};
 
@@ -144,4 +144,36 @@ pub fn local(sk: *mut bpf_sock) -> ([u32; 4], u16) {
         read!((*sk).src_ip6[2]),
         read!((*sk).src_ip6[3]),
     ])
+}
+
+/// A destination as numbers: a function that takes numbers alone is verified once, by itself, on every kernel that is
+/// supported. One that takes pointers is so from Linux 5.12 on only (`apart!`).
+pub struct Packed {
+    /// The first two words of the address.
+    pub low: u64,
+    /// The other two.
+    pub high: u64,
+    /// Port, network byte order, and above it the family.
+    pub end: u64,
+}
+
+impl Packed {
+    #[inline(always)]
+    pub fn of(destination: &Destination) -> Self {
+        let [first, second, third, fourth] = destination.address.map(u64::from);
+        Self {
+            low: first | second << 32,
+            high: third | fourth << 32,
+            end: u64::from(destination.port_be) | u64::from(destination.family) << 16,
+        }
+    }
+
+    #[inline(always)]
+    pub fn destination(&self) -> Destination {
+        Destination {
+            address: [self.low as u32, (self.low >> 32) as u32, self.high as u32, (self.high >> 32) as u32],
+            port_be: self.end as u16,
+            family: (self.end >> 16) as u16,
+        }
+    }
 }
