@@ -3,6 +3,11 @@
 
 use core::{arch::asm, ptr::NonNull};
 
+/// How many slots that were given back are tried, one after the other.
+pub const TRIES_RETURNED: u32 = 8;
+/// How many random ones then.
+pub const TRIES_RANDOM: u32 = 32;
+
 /// Reads a map value that other CPUs change atomically.
 #[inline(always)]
 pub fn load(place: NonNull<u64>) -> u64 {

@@ -16,7 +16,6 @@ use crate::{
     slots::{now, tag_of},
 };
 
-const TRIES: u32 = 32;
 const BPF_NOEXIST: u64 = 1;
 
 /// The address of `destination`, network byte order; `None` when all are in use.
@@ -71,7 +70,7 @@ fn take(key: &PeerKey, time: u32) -> Option<PeerSlot> {
             return Some(taken);
         }
     }
-    for _ in 0..TRIES {
+    for _ in 0..atomic::TRIES_RANDOM {
         // SAFETY: takes nothing, returns a number.
         let random = unsafe { bpf_get_prandom_u32() } % usable;
         if let Some(taken) = claim(random, key, time) {

@@ -16,10 +16,6 @@ use crate::maps::{PL_FREE, PL_FRESH, PL_SLOTS, SLOT_EXPIRY, USABLE_SLOTS, count,
 use crate::socket::{LOOPBACK4, ONE};
 use crate::{atomic, share, socket::Packed};
 
-/// How many returned slots, and then how many random ones, are tried.
-const TRIES_RETURNED: u32 = 8;
-const TRIES_RANDOM: u32 = 32;
-
 /// A slot held by this run of a program.
 #[derive(Clone, Copy)]
 pub struct Taken {
@@ -115,13 +111,13 @@ fn find(netns: u64, workload: u32, destination: &Destination) -> Option<Taken> {
             }
         }
     }
-    for _ in 0..TRIES_RETURNED {
+    for _ in 0..atomic::TRIES_RETURNED {
         let Ok(Some(id)) = PL_FREE.pop() else { break };
         if let Some(taken) = claim(id, time, netns, workload, destination) {
             return Some(taken);
         }
     }
-    for _ in 0..TRIES_RANDOM {
+    for _ in 0..atomic::TRIES_RANDOM {
         // SAFETY: takes nothing, returns a number.
         let random = unsafe { bpf_get_prandom_u32() } % usable;
         if let Some(taken) = claim(random, time, netns, workload, destination) {

@@ -2,7 +2,7 @@
 //! rest of the suites see on this machine's kernel holds there, too, and what they cannot see here, where cgroup2 has no
 //! controllers, holds at all: limits.
 //!
-//! One boot for everything of a kernel, as the machine is emulated: `tests/vm/guest.sh` does it there and prints, this judges.
+//! One boot for everything of a kernel, as the machine is emulated: `tests/vm/guest.sh` and `older.sh` do it there and print, this judges.
 
 use std::time::Duration;
 
@@ -16,6 +16,15 @@ use serde_json::Value;
 /// An emulated processor is slow, and the machine may be busy. Below the limit of a test.
 const BOOT_AND_RUN: Duration = Duration::from_secs(440);
 
+/// What Linux 5.10 lacks, in the order of the kernels that brought it.
+const FALLBACKS_OF_5_10: [&str; 5] = [
+    "bpf_ktime_get_coarse_ns",
+    "cmpxchg",
+    "bpf_get_netns_cookie in getsockopt",
+    "bpf_sk_lookup.ingress_ifindex",
+    "bpf_set_retval",
+];
+
 const KIND: &str = "apiVersion: pillion.dev/v1alpha1\nkind: InjectionPolicy\n";
 
 #[test]
@@ -28,12 +37,32 @@ fn everything_on_another_kernel() -> Result<()> {
     })
 }
 
+#[test]
+fn redirection_on_the_oldest_kernel() -> Result<()> {
+    on_machine(|machine| {
+        let files = [("redirect.yaml", redirect()), ("programs.yaml", programs())];
+        let files = files.into_iter().map(|(name, text)| machine.file(name, &text));
+        let files = files.collect::<Result<_>>()?;
+        let guest = Guest::run(machine, Kernel::Oldest, "older.sh", files, BOOT_AND_RUN)?;
+        Story(&guest).judge_older().with_context(|| format!("the guest printed:\n{}", guest.printed))
+    })
+}
+
 /// Both directions, for what `redirects` in `tests/vm/lib.sh` starts.
 fn redirect() -> String {
     format!(
         "{KIND}metadata: {{ name: redirect }}\nspec:\n  select: {{ runtimes: [process] }}\n  \
          companions: [{{ name: r, builtin: relay }}]\n  redirect:\n    outbound: [{{ to: r, exclude: {{ ports: [81] }} }}]\n    \
          inbound: [{{ ports: [9000], to: r }}]\n  onFailure: closed\n"
+    )
+}
+
+/// For a program that is held at its exec.
+fn programs() -> String {
+    format!(
+        "{KIND}metadata: {{ name: programs }}\nspec:\n  \
+         select: {{ runtimes: [process], executables: [/usr/local/bin/first-held] }}\n  \
+         companions: [{{ name: r, builtin: relay }}]\n  redirect: {{ outbound: [{{ to: r }}] }}\n  onFailure: closed\n"
     )
 }
 
@@ -95,6 +124,20 @@ impl Story<'_> {
         self.containers()?;
         self.without_an_agent()?;
         self.nothing_left()
+    }
+
+    fn judge_older(&self) -> Result<()> {
+        ensure!(self.0.ok("kernel")?.starts_with("5.10."), "{}", self.0.ok("kernel")?);
+        let fallbacks = self.fallbacks()?;
+        ensure!(fallbacks == FALLBACKS_OF_5_10, "{fallbacks:?}");
+        self.redirects()?;
+        self.0.ok("exec")?;
+        self.0.ok("none-left")?;
+        let log = self.0.ok("agent-log")?;
+        let records = records(log);
+        ensure!(records.len() == 1 && records[0]["destination"] == SERVER, "{log}");
+        ensure!(self.0.json("status")?["dataplane"]["counters"].is_object(), "no counters");
+        self.nothing_is_left()
     }
 
     /// The features for which `pillion check` tells of a fallback. Nothing of the kernel may fail; warnings, such as no policy

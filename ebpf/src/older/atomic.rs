@@ -23,6 +23,12 @@ pub struct Lock {
 #[btf_map]
 static PL_LOCKS: Array<Lock, { LOCKS as usize }> = Array::new();
 
+/// As in `../atomic.rs`, but fewer: such a kernel follows every outcome of every try through all later ones, and gives up at a
+/// million instructions.
+pub const TRIES_RETURNED: u32 = 2;
+/// See [`TRIES_RETURNED`].
+pub const TRIES_RANDOM: u32 = 4;
+
 /// Reads a map value that other CPUs change atomically.
 #[inline(always)]
 pub fn load(place: NonNull<u64>) -> u64 {
