@@ -177,7 +177,9 @@ fn to_companion6(
     state.bound = if is_mapped(&bound) { [bound[3], 0, 0, 0] } else { bound };
 
     let dns = route.flags & Route::DNS != 0;
-    let mut carried = by4 && !has_port && (bound_any || is_mapped(&bound)) && {
+    // To a resolver by IPv6 nothing need be bound, so that a socket that is dissolved is as free as before.
+    let unbound6 = dns && !mapped && listening(config.workload, port, AF_INET6, protocol);
+    let mut carried = by4 && !unbound6 && !has_port && (bound_any || is_mapped(&bound)) && {
         if !dns {
             carry(ctx, state, config, netns, true)
         } else if bound_any {

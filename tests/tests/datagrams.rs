@@ -206,18 +206,28 @@ fn questions_to_resolvers_go_to_the_companion() -> Result<()> {
             let connected = duo.app.datagrams(Domain::of(resolver))??;
             duo.app.connect(connected, resolver)??;
             assert_eq!(duo.app.names(connected)??.peer, Some(resolver));
+            // By IPv6 to the companion's own IPv6 socket, for which nothing is bound.
+            let family = usize::from(resolver.is_ipv6());
             duo.app.send(connected, "question")??;
             let companion = &mut duo.companions[1];
-            let (_, from) = companion.puppet.receive_from(companion.datagrams[0])??;
-            answered(&mut duo, 1, 0, from, "answer")?;
+            let (_, from) = companion.puppet.receive_from(companion.datagrams[family])??;
+            answered(&mut duo, 1, family, from, "answer")?;
             assert_eq!(duo.app.receive_from(connected)??, ("answer".to_owned(), resolver));
+            // Dissolved, it asks another without a peer.
+            duo.app.disconnect(connected)??;
+            let other = SocketAddr::new(resolver.ip(), 53);
+            duo.app.send_to(connected, other, "again")??;
+            let companion = &mut duo.companions[1];
+            let (text, from) = companion.puppet.receive_from(companion.datagrams[family])??;
+            answered(&mut duo, 1, family, from, &text)?;
+            assert_eq!(duo.app.receive_from(connected)??, ("again".to_owned(), other));
             duo.app.close(connected)??;
             let stream = duo.app.socket(Domain::of(resolver))??;
             duo.app.connect(stream, resolver)??;
             assert_eq!(duo.app.names(stream)??.peer, Some(resolver));
             duo.app.send(stream, "by stream")??;
             let companion = &mut duo.companions[1];
-            let accepted = companion.puppet.accept(companion.listeners[0])??;
+            let accepted = companion.puppet.accept(companion.listeners[family])??;
             assert_eq!(companion.puppet.receive(accepted)??, "by stream");
             companion.puppet.close(accepted)??;
             duo.app.close(stream)??;
